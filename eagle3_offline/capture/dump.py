@@ -1,0 +1,104 @@
+"""The stage `dump-hidden`: one prefill over the final token ids, hidden states straight into the store; then `store seal`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..config import Recipe
+from ..conversations.token_rows import answer_tokens, read_token_rows
+from ..progress import StageProgress
+from ..records import CapturedRow, Reject, Summary, TokenRow
+from ..runs import Run, StopSignal, Unit, check_rejected, digest
+from ..store import seal as store_seal
+from ..store.format import DumpSpec
+from ..store.target_files import write_target
+from ..store.writer import PartWriter
+from ..target.engine import Engine
+from ..target.folder import carried_files, head_tensors, text_config
+from ..target.transformers_engine import to_storage
+from .target import OpenTarget
+
+STAGE = "dump-hidden"
+
+
+def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
+    """What the manifest says of this dump."""
+    shape = text_config(target.folder)
+    return DumpSpec(
+        layers=target.layers,
+        hidden_size=shape["hidden_size"],
+        vocab_size=shape["vocab_size"],
+        dtype=target.dtype,
+        codec=recipe.dump.codec,
+        target=target.fingerprint,
+        engine={"name": "transformers"},
+        max_length=target.context,
+        conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": run.claimed("regenerate")},
+    )
+
+
+def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal) -> Summary:
+    """Dump the units (all that the plan needs, for None). Sealed parts are skipped; a stop loses at most the current part."""
+    spec = dump_spec(run, recipe, target)
+    run.claim(STAGE, {"spec": digest(spec.to_dict()), "layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec})
+    tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
+    write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder))
+    plan = run.read_plan()
+    needed = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
+    chosen = [unit for unit in plan.select(numbers) if unit in needed]
+    engine: Engine | None = None
+    with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress:
+        for unit in chosen:
+            if not store_seal.sealed(run.dump, unit.unit):
+                engine = engine or target.engine()
+                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+    return _summary(run, chosen, recipe)
+
+
+def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
+    rows = read_token_rows(run.tokens(unit.unit))
+    rejects = [Reject(f"too long: {len(row.input_ids)} tokens, the limit is {spec.max_length}", id=row.id) for row in rows if len(row.input_ids) > spec.max_length]
+    too_long = {reject.id for reject in rejects}
+    rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
+    with PartWriter(run.dump, unit.unit, unit.split, spec) as part:
+        for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
+            part.reject(reject)
+        for batch in token_batches(rows, recipe.dump.batch_tokens):
+            stop.check()
+            for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
+                try:
+                    part.add(CapturedRow(row, states.aux, states.last))
+                except ValueError as error:  # wrong shape, not finite: this row only
+                    rejects.append(Reject(str(error), id=row.id, retry=True))
+                    part.reject(rejects[-1])
+            progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
+        part.seal()
+    run.write_rejects(STAGE, unit.unit, rejects)
+
+
+def token_batches(rows: list[TokenRow], limit: int) -> Iterator[list[TokenRow]]:
+    """Consecutive rows whose padded size stays within `limit` tokens; a longer row goes alone."""
+    batch: list[TokenRow] = []
+    for row in rows:
+        longest = max(len(row.input_ids), *(len(r.input_ids) for r in batch)) if batch else len(row.input_ids)
+        if batch and longest * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _summary(run: Run, units: list[Unit], recipe: Recipe) -> Summary:
+    rejected = sum(len(run.read_rejects(STAGE, unit.unit)) for unit in units)
+    given = sum(len(unit.rows) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
+    check_rejected(STAGE, given - rejected, rejected, recipe.max_rejected, run.errors(STAGE))
+    return {"done": given - rejected, "rejected": rejected, "units": [unit.unit for unit in units]}
+
+
+def seal(run: Run, spec: DumpSpec, allow_partial: bool = False) -> Summary:
+    """Join the parts of all needed units into one dump with its manifest. Refuses gaps unless allow_partial."""
+    plan = run.read_plan()
+    units = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
+    manifest = store_seal.seal(run.dump, spec, [(unit.unit, unit.split, unit.rows) for unit in units], allow_partial)
+    return manifest["counts"]

@@ -1,0 +1,299 @@
+"""The recipe: one frozen dataclass per stage, and its strict loading. Defaults < file < `--set section.key=value`.
+
+The one-line doc of each field is the help text of the command line, so it names the unit and the special values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .records import UserError
+
+
+def opt(default: Any, doc: str) -> Any:
+    """A config field with its one-line doc."""
+    metadata = {"doc": doc}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def positive(config: Any, section: str, *names: str) -> None:
+    """Refuse values that are not above zero, naming the field."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{section}.{name} is {value}; it must be greater than 0")
+
+
+def share(config: Any, section: str, *names: str) -> None:
+    """Refuse values outside [0, 1], naming the field."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{section}.{name} is {value}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The model whose decoding is to become faster."""
+
+    model: str = opt("smollm2", "hub name or local folder of the target; `smollm2` and `tiny` are the demo's own targets")
+    revision: str | None = opt(None, "hub revision; none: the newest")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "dtype in which the target runs; auto: that of its config")
+    engine: Literal["auto", "transformers"] = opt("auto", "what runs the target; auto: transformers, embedded")
+    layers: list[int] = opt([], "boundary indices of the captured layers (0 is the embedding's output); empty: [2, L//2, L-3]")
+    max_length: int = opt(4096, "longest row in tokens, prompt and answers together; longer rows are rejected")
+    chat_template: str | None = opt(None, "file with a chat template of your own; none: the tokenizer's")
+    trust_remote_code: bool = opt(False, "run Python code that the target's folder brings along")
+
+    def __post_init__(self) -> None:
+        positive(self, "target", "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Raw data to conversations in work units."""
+
+    inputs: list[str] = opt(["stdlib"], "JSONL files, hub or local data sets; `stdlib` makes questions about Python's standard library")
+    eval_inputs: list[str] = opt([], "separate evaluation inputs; empty: a share of `inputs` is held out by the hash of each row's group")
+    eval_share: float = opt(0.05, "share of the groups that is held out; ignored with eval_inputs or eval_rows")
+    eval_rows: int | None = opt(None, "exact number of held-out groups instead of a share; none: use eval_share")
+    unit_rows: int = opt(2000, "rows per work unit, the piece of work of one Slurm array task")
+    max_rows: int | None = opt(None, "use at most so many rows, in hash order; none: all")
+    answer_tokens: int | None = opt(None, "ask train questions, unit by unit, until so many answer tokens exist; none: ask all")
+    system_prompt: str | None = opt(None, "put before every conversation that has no system message; none: the template's default")
+
+    def __post_init__(self) -> None:
+        positive(self, "prepare", "unit_rows", "max_rows", "answer_tokens", "eval_rows")
+        share(self, "prepare", "eval_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegenerateConfig:
+    """The target answers every user turn anew."""
+
+    temperature: float = opt(0.0, "sampling temperature; 0: greedy")
+    top_p: float = opt(1.0, "nucleus sampling; 1: off")
+    top_k: int = opt(0, "sample among the k most likely tokens; 0: off")
+    max_tokens: int = opt(1024, "longest answer in tokens; a longer one is cut, kept and marked finish_reason `length`")
+    seed: int = opt(0, "seed of sampling; each row draws from (seed, row id), whatever the batch")
+    batch_size: int = opt(64, "rows that are answered at the same time")
+
+    def __post_init__(self) -> None:
+        positive(self, "regenerate", "max_tokens", "batch_size")
+        share(self, "regenerate", "top_p")
+        if self.temperature < 0 or self.top_k < 0:
+            raise UserError(f"regenerate.temperature is {self.temperature} and top_k {self.top_k}; neither may be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig:
+    """The target's hidden states, written to the store."""
+
+    codec: Literal["lossless", "none"] = opt("lossless", "compression of the states: lossless (zstd on shuffled bytes) or none")
+    batch_tokens: int = opt(4096, "tokens of one prefill batch")
+
+    def __post_init__(self) -> None:
+        positive(self, "dump", "batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The draft head, trained from the dump alone."""
+
+    draft: str = opt("draft", "name of the draft: its folder is RUN/drafts/NAME")
+    draft_vocab_size: int = opt(32000, "tokens that the draft can propose, the most frequent ones of the train answers")
+    ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
+    step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
+    normalisation: Literal["sequence", "token"] = opt("sequence", "mean over each conversation's rows and then over conversations, or over all rows")
+    head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
+    aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export")
+    dtype: Literal["auto", "bfloat16", "float32"] = opt("auto", "compute dtype, masters are fp32; auto: bfloat16 where the processor multiplies it natively")
+    deepspeed: str = opt("zero1", "DeepSpeed JSON: a file, or the name of configs/deepspeed_NAME.json")
+    batch_size: int = opt(64, "conversations per optimiser step, over all ranks")
+    micro_batch_size: int = opt(1, "conversations per forward pass of one rank")
+    total_steps: int = opt(10000, "optimiser steps")
+    learning_rate: float = opt(1e-4, "peak learning rate of AdamW (0.9, 0.95), without weight decay")
+    warmup_ratio: float = opt(0.015, "share of the steps in which the rate rises to its peak")
+    schedule: Literal["cosine", "linear"] = opt("cosine", "how the rate falls after the warm-up")
+    final_ratio: float = opt(0.05, "the rate at the last step, as a share of the peak")
+    clip: float = opt(0.5, "gradient norm above which gradients are scaled down")
+    seed: int = opt(0, "seed of the starting weights and of the sample order")
+    eval_every: int = opt(1000, "steps between held-out evaluations; 0: only at the end")
+    eval_rows: int = opt(64, "held-out conversations of an evaluation during training")
+    checkpoint_every: int = opt(1000, "steps between checkpoints")
+    keep_checkpoints: int = opt(2, "checkpoints that are kept, the newest ones")
+    dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")
+
+    def __post_init__(self) -> None:
+        positive(self, "train", "draft_vocab_size", "ttt_length", "batch_size", "micro_batch_size", "total_steps", "learning_rate",
+                 "clip", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout")
+        share(self, "train", "warmup_ratio", "final_ratio")
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(f"train.batch_size is {self.batch_size}, no multiple of micro_batch_size {self.micro_batch_size}")
+        if not self.draft or "/" in self.draft or self.draft.startswith("."):
+            raise UserError(f"train.draft is {self.draft!r}; it names a folder, so no slash and no leading dot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Accept length on held-out rows."""
+
+    chain: int = opt(4, "drafted tokens per verification step (a chain)")
+    rows: int | None = opt(None, "held-out conversations to walk; none: all")
+    decode_rows: int = opt(48, "held-out prompts to decode speculatively and plainly with the target in fp32; 0: skip")
+    ngram: int = opt(6, "longest suffix that the n-gram lookup, the baseline, searches for")
+
+    def __post_init__(self) -> None:
+        positive(self, "evaluate", "chain", "rows", "ngram")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The trained draft as a folder that an inference engine loads."""
+
+    to: Literal["sglang"] = opt("sglang", "whose key names and config to write")
+    dtype: Literal["bfloat16", "float16", "float32"] = opt("bfloat16", "dtype of the weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = opt("run", "the run folder is runs/NAME unless --run says otherwise")
+    max_rejected: float = opt(0.01, "share of a stage's rows that may be rejected before it exits with 3")
+    target: TargetConfig = field(default_factory=TargetConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    dump: DumpConfig = field(default_factory=DumpConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        share(self, "recipe", "max_rejected")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def packaged(folder: str) -> Path:
+    """`configs/` or `slurm/`: beside the package in a checkout, inside it after a plain install."""
+    package = Path(__file__).parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe file, or the recipe of that name in configs/."""
+    if Path(name).is_file():
+        return Path(name)
+    known = packaged("configs") / f"{name}.yaml"
+    if known.is_file():
+        return known
+    names = sorted(path.stem for path in packaged("configs").glob("*.yaml"))
+    raise UserError(f"no recipe {name!r}: neither a file nor one of configs/: {', '.join(names)}")
+
+
+def load_recipe(name: str | None, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a file or name, with `section.key=value` overrides applied. Raises UserError for anything unknown."""
+    where = "defaults" if name is None else str(recipe_path(name))
+    values = {} if name is None else _read_yaml(recipe_path(name))
+    for override in overrides:
+        _apply_override(values, override)
+    return from_dict(Recipe, values, where)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; a recipe is a mapping of sections")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected section.key=value")
+    *sections, last = key.strip().split(".")
+    here = values
+    for section in sections:
+        here = here.setdefault(section, {})
+        if not isinstance(here, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    try:
+        here[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {error}") from None
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str, section: str = "") -> Any:
+    """Build a config dataclass from plain values; unknown keys and wrong types are errors that name the field."""
+    hints = typing.get_type_hints(cls)
+    prefix = f"{section}." if section else ""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {section or 'the recipe'} is {values!r}, expected a mapping")
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
+    built = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            built[key] = from_dict(hints[key], value or {}, where, key)
+        else:
+            built[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
+    return cls(**built)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(value, next(a for a in args if a is not type(None)), name)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(items)]
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-5 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{name} is {value!r}, a {type(value).__name__}; expected {hint.__name__}")
+    return value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe; loading it again gives an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def section_help(name: str) -> str:
+    """The keys of one section with their defaults and docs, for `--help`."""
+    lines = []
+    for item in dataclasses.fields(typing.get_type_hints(Recipe)[name]):
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        lines.append(f"{name}.{item.name} [{default}]\n    {item.metadata['doc']}")
+    return "\n".join(lines)

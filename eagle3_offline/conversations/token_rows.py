@@ -1,0 +1,64 @@
+"""tokens/unit-*.parquet: one row per conversation, as the engine's own token ids. Written whole; its presence means done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..records import TokenRow, UserError
+from ..runs import atomic_path
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.uint8())),
+        ("turns", pa.list_(pa.list_(pa.int32()))),  # [start, end) of each answer
+        ("finish_reason", pa.list_(pa.string())),  # of each answer
+    ]
+)
+
+
+def write_token_rows(path: Path, rows: list[TokenRow]) -> None:
+    columns = {
+        "id": [row.id for row in rows],
+        "source": [row.source for row in rows],
+        "split": [row.split for row in rows],
+        "input_ids": [row.input_ids for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
+        "turns": [[list(turn) for turn in row.turns] for row in rows],
+        "finish_reason": [list(row.finish_reasons) for row in rows],
+    }
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
+
+
+def read_token_rows(path: Path) -> list[TokenRow]:
+    """Raises UserError for a file that is missing, damaged or inconsistent."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: run `regenerate` for this unit first")
+    try:
+        table = pq.read_table(path, schema=SCHEMA).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and run `regenerate` for this unit again") from None
+    rows = []
+    for v in table:
+        turns = tuple((start, end) for start, end in v["turns"])
+        row = TokenRow(v["id"], v["source"], v["split"], np.array(v["input_ids"], np.int32), turns, tuple(v["finish_reason"]))
+        if not np.array_equal(row.loss_mask, v["loss_mask"]):
+            raise UserError(f"{path}: row {row.id}: loss_mask is not the union of its turns {turns}")
+        rows.append(row)
+    return rows
+
+
+def answer_tokens(path: Path) -> int | None:
+    """Tokens of all answers of a unit; None while it is not regenerated."""
+    if not path.is_file():
+        return None
+    masks = pq.read_table(path, columns=["loss_mask"])["loss_mask"].combine_chunks()
+    return int(np.sum(masks.flatten().to_numpy(zero_copy_only=False)))

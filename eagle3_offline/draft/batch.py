@@ -1,0 +1,89 @@
+"""Samples of the store to the flat tensors of an unroll. Legend: N rows of all conversations, n_k rows alive at step k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..records import Sample, turn_of_token
+from .shift import input_token, predicted_token, serving_rows
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows that are alive at one step, over all conversations of a batch."""
+
+    rows: Tensor  # [n_k] flat row index
+    kept: Tensor  # [n_k] index of each row among the previous step's rows (step 0: among all rows)
+    positions: Tensor  # [n_k] rotary position p + k
+    tokens: Tensor  # [n_k] token that the row reads, x[p+1+k]
+    predicted: Tensor  # [n_k] token that followed, x[p+2+k]
+    teacher: Tensor  # [n_k] index into DraftBatch.last
+    counts: tuple[int, ...]  # rows per conversation; sums to n_k
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """Several conversations side by side: no padding, segments instead."""
+
+    ids: tuple[str, ...]
+    aux: Tensor  # [N, n_aux * H] captured states of tokens 0..T-2 of every conversation
+    tokens: Tensor  # [N] the token of each row at step 0, x[p+1]
+    positions: Tensor  # [N] p
+    segments: tuple[tuple[int, int], ...]  # flat row range of each conversation
+    last: Tensor  # [n_last, H] the target's post-norm last states
+    last_counts: tuple[int, ...]  # rows of `last` per conversation
+    steps: tuple[StepRows, ...]
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """Storage dtype to torch, without a copy: uint16 holds the bits of bfloat16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+
+
+def collate(samples: list[Sample], layers: tuple[int, ...], steps: int, aux_scale: Tensor | None = None) -> DraftBatch:
+    """The batch of these samples, unrolled over `steps` steps.
+
+    aux_scale [n_aux * H] multiplies the captured channels (training with channel scaling; export folds it into fc).
+    """
+    starts = np.cumsum([0, *(len(sample.input_ids) - 1 for sample in samples)])
+    last_starts = np.cumsum([0, *(len(sample.last) for sample in samples)])
+    ids = [sample.input_ids.astype(np.int64) for sample in samples]
+    aux = torch.cat([torch.cat([to_torch(sample.aux[b][:-1]) for b in layers], dim=-1) for sample in samples])
+    return DraftBatch(
+        ids=tuple(sample.id for sample in samples),
+        aux=aux if aux_scale is None else aux * aux_scale,
+        tokens=torch.from_numpy(np.concatenate([x[1:] for x in ids])),
+        positions=torch.from_numpy(np.concatenate([np.arange(len(x) - 1) for x in ids])),
+        segments=tuple((int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)),
+        last=torch.cat([to_torch(sample.last) for sample in samples]),
+        last_counts=tuple(len(sample.last) for sample in samples),
+        steps=tuple(_step_rows(samples, ids, starts, last_starts, step) for step in range(steps)),
+    )
+
+
+def _step_rows(samples: list[Sample], ids: list[np.ndarray], starts: np.ndarray, last_starts: np.ndarray, step: int) -> StepRows:
+    pieces, counts, before = [], [], 0
+    for number, sample in enumerate(samples):
+        turn = turn_of_token(sample.turns, len(sample.input_ids))
+        rows = serving_rows(turn, step)
+        previous = serving_rows(turn, step - 1) if step else np.arange(len(turn) - 1)
+        teacher = np.searchsorted(sample.last_positions, input_token(rows, step))
+        if not np.array_equal(sample.last_positions[teacher], input_token(rows, step)):
+            raise ValueError(f"row {sample.id}: the store holds no last state for a supervised row at step {step}")
+        pieces.append((
+            starts[number] + rows,
+            before + np.searchsorted(previous, rows),
+            rows + step,
+            ids[number][input_token(rows, step)],
+            ids[number][predicted_token(rows, step)],
+            last_starts[number] + teacher,
+        ))  # fmt: skip
+        counts.append(len(rows))
+        before += len(previous)
+    rows, kept, positions, tokens, predicted, teacher = (torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True))
+    return StepRows(rows, kept, positions, tokens, predicted, teacher, tuple(counts))

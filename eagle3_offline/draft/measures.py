@@ -1,0 +1,116 @@
+"""Accept length from held-out rows, without a server. Pure numpy. Legend: T tokens of a conversation, K unroll steps.
+
+tau = (generated tokens - requests) / verification steps, over all requests together. A step's product is its accepted
+drafts plus the bonus token, cut at the end of the answer; a request's first token comes from the prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .shift import first_root, serving_rows
+
+
+@dataclass
+class WalkCount:
+    """Products and steps of walked answers, summed over all requests."""
+
+    products: int = 0
+    steps: int = 0
+
+    @property
+    def tau(self) -> float:
+        return self.products / self.steps if self.steps else float("nan")
+
+    def __iadd__(self, other: WalkCount) -> WalkCount:
+        self.products += other.products
+        self.steps += other.steps
+        return self
+
+
+def walk_answer(start: int, end: int, accepted: Callable[[int, int], int]) -> WalkCount:
+    """Walk the answer of tokens [start, end) as greedy speculative decoding would.
+
+    `accepted(root, most)` is the number of drafted tokens (at most `most`) that equal the answer after the token `root`.
+    The first root is the answer's first token; a step at root r yields its hits and one bonus token, cut to the answer.
+    """
+    count, root = WalkCount(), start
+    while (remaining := end - 1 - root) > 0:  # no step starts at the answer's last token
+        product = min(accepted(root, remaining) + 1, remaining)
+        count.products += product
+        count.steps += 1
+        root += product
+    return count
+
+
+def consecutive_hits(hits: np.ndarray) -> np.ndarray:
+    """[T] number of leading hits of each row's chain. hits [T, K] bool, False where a row is not alive."""
+    return np.logical_and.accumulate(hits, axis=1).sum(axis=1)
+
+
+def walk_hits(turns: tuple[tuple[int, int], ...], hits: np.ndarray) -> WalkCount:
+    """The walk of every answer of a conversation from its rows' hits [T, K]: row p is the root at token p + 1."""
+    chain = consecutive_hits(hits)
+    count = WalkCount()
+    for start, end in turns:
+        count += walk_answer(start, end, lambda root, most: min(int(chain[root - 1]), most))
+    return count
+
+
+@dataclass
+class HeldOut:
+    """Sums over held-out rows, from which every in-loop measure comes."""
+
+    steps: int
+    walk: WalkCount
+    turns: int = 0
+    first_hits: int = 0  # turns whose first draft at their first root row hit
+    first_roots: int = 0  # turns that have such a row
+    rows: int = 0  # all root rows
+    chain_hits: int = 0  # sum of their consecutive hits
+    reached: np.ndarray | None = None  # [K] rows alive at step k whose chain held before it
+    hit: np.ndarray | None = None  # [K] those that hit at step k
+    alive: np.ndarray | None = None  # [K] rows alive at step k
+    acceptance: np.ndarray | None = None  # [K] sum of alpha = sum_v min(p, q)
+    divergence: np.ndarray | None = None  # [K] sum of KL(p || q) over the draft vocabulary
+
+    @classmethod
+    def empty(cls, steps: int) -> HeldOut:
+        zeros = [np.zeros(steps) for _ in range(5)]
+        return cls(steps, WalkCount(), 0, 0, 0, 0, 0, *zeros)
+
+    def add_hits(self, turns: tuple[tuple[int, int], ...], turn: np.ndarray, hits: np.ndarray) -> None:
+        """Count one conversation's hits [T, K]; turn [T] is records.turn_of_token."""
+        self.walk += walk_hits(turns, hits)
+        self.turns += len(turns)
+        holding = np.ones(len(hits), bool)
+        for k in range(self.steps):
+            rows = serving_rows(turn, k)
+            self.alive[k] += len(rows)
+            self.reached[k] += holding[rows].sum()
+            self.hit[k] += (holding[rows] & hits[rows, k]).sum()
+            holding &= hits[:, k]
+        roots = serving_rows(turn, 0)
+        self.rows += len(roots)
+        self.chain_hits += int(consecutive_hits(hits)[roots].sum())
+        first = [first_root(start) for start, end in turns if end - start > 1]
+        self.first_roots += len(first)
+        self.first_hits += int(hits[first, 0].sum())
+
+    def summary(self) -> dict[str, object]:
+        """Plain JSON values. `tau` is the walk's; `tau_all_rows` averages over all root rows and is biased upwards."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return {
+                "tau": self.walk.tau,
+                "tau_all_rows": 1 + self.chain_hits / self.rows if self.rows else float("nan"),
+                "first_root_hit": self.first_hits / self.first_roots if self.first_roots else float("nan"),
+                "conditional_acceptance": [float(x) for x in self.hit / self.reached],
+                "alpha": [float(x) for x in self.acceptance / self.alive],
+                "kl": [float(x) for x in self.divergence / self.alive],
+                "answers": self.turns,
+                "verification_steps": self.walk.steps,
+                "answer_tokens": self.walk.products + self.turns,
+            }

@@ -1,0 +1,146 @@
+"""The EAGLE-3 draft head. State-dict names are the interface to SGLang (arXiv 2503.01840; SGLang models/llama_eagle3.py).
+
+Legend: n rows, H hidden size, A = n_aux * H, D draft vocabulary, h heads, kv key/value heads, d head dim.
+
+The head works on flat rows (no padding). Embeddings come from outside, so that the frozen table is no part of the
+optimiser or the checkpoints, and the rotary tables stay in fp32 whatever dtype the module is cast to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .settings import DraftSettings
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 (or fp64) as the serving engines do."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class Rotary:
+    """The target's own rotary embedding (every rope type that transformers knows). No module: never cast, never saved."""
+
+    def __init__(self, settings: DraftSettings):
+        self._embedding = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=settings.hidden_size,
+                num_attention_heads=settings.num_attention_heads,
+                head_dim=settings.head_dim,
+                max_position_embeddings=settings.max_position_embeddings,
+                rope_parameters=settings.rope_parameters,
+            )
+        )
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x [n, heads, d] to positions [n]."""
+        self._embedding.to(x.device)
+        cos, sin = self._embedding(torch.empty(0, device=x.device), positions[None])  # [1, n, d] in fp32
+        cos, sin = (table[0, :, None, :].to(x.dtype) for table in (cos, sin))  # [n, 1, d]
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """The four projections; the attention itself is draft/attention.py."""
+
+    def __init__(self, settings: DraftSettings):
+        super().__init__()
+        width, head_dim = settings.hidden_size, settings.head_dim
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(2 * width, settings.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * width, settings.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * width, settings.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(settings.num_attention_heads * head_dim, width, bias=False)
+
+
+class MLP(nn.Module):
+    def __init__(self, settings: DraftSettings):
+        super().__init__()
+        self.gate_proj = nn.Linear(settings.hidden_size, settings.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(settings.hidden_size, settings.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(settings.intermediate_size, settings.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """The draft's one decoder layer, in the three pieces that training and serving share."""
+
+    def __init__(self, settings: DraftSettings):
+        super().__init__()
+        norm = lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps)  # noqa: E731
+        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
+        self.self_attn = Attention(settings)
+        self.mlp = MLP(settings)
+        self._rotary = Rotary(settings)
+
+    def mix(self, embedding: Tensor, g: Tensor) -> Tensor:
+        """[n, 2H]: normed embedding FIRST, then the normed feature or recurrent state."""
+        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(g)), dim=-1)
+
+    def query(self, u: Tensor, positions: Tensor) -> Tensor:
+        """Rotated queries [n, h, d] of mixed rows u [n, 2H]."""
+        return self._rotary(self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), positions)
+
+    def key_value(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [n, kv, d] of mixed rows u [n, 2H]."""
+        attention = self.self_attn
+        key = self._rotary(attention.k_proj(u).unflatten(-1, (-1, attention.head_dim)), positions)
+        return key, attention.v_proj(u).unflatten(-1, (-1, attention.head_dim))
+
+    def finish(self, g: Tensor, attended: Tensor) -> Tensor:
+        """The next recurrent state [n, H] (pre-norm); the residual is the un-normed g. attended [n, h, d]."""
+        h = g + self.self_attn.o_proj(attended.flatten(-2))
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class DraftHead(nn.Module):
+    """fc, one layer, norm and the head over the draft vocabulary."""
+
+    def __init__(self, settings: DraftSettings):
+        super().__init__()
+        self.settings = settings
+        self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
+        self.midlayer = Layer(settings)
+        self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
+        self.lm_head = nn.Linear(settings.hidden_size, settings.draft_vocab_size, bias=False)
+
+    def logits(self, g: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [n, D] of recurrent states g [n, H]."""
+        return self.lm_head(self.norm(g))
+
+    def forward(self, batch, embed: Tensor, steps: int) -> list[Tensor]:  # noqa: ANN001
+        """The training unroll (draft/unroll.py); through forward() because ZeRO-3 gathers parameters there."""
+        from .unroll import unroll
+
+        return unroll(self, batch, embed, steps)
+
+
+def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, norm: Tensor | None = None) -> DraftHead:
+    """A head with seeded random weights (normal, 0.02); lm_head [D, H] and norm [H] from the target where given."""
+    head = DraftHead(settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        if lm_head is not None:
+            head.lm_head.weight.copy_(lm_head)
+        if norm is not None:
+            head.norm.weight.copy_(norm)
+    return head

@@ -1,0 +1,54 @@
+"""The draft as a server runs it: step by step, with a key/value cache, one conversation. Legend as draft/model.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import attend
+from .model import DraftHead
+
+
+class ChainDrafter:
+    """Drafts chains of tokens. Keys of drafted positions live for one chain only; those of true features stay."""
+
+    def __init__(self, head: DraftHead, embed: Tensor, target_ids: Tensor):
+        """embed [V, H] is the target's table; target_ids [D] maps draft ids to the target's."""
+        self.head, self.embed, self.target_ids = head, embed, target_ids
+        settings = head.settings
+        empty = torch.zeros(0, settings.num_key_value_heads, settings.head_dim, dtype=head.fc.weight.dtype)
+        self.keys, self.values = empty, empty
+        self._state: Tensor | None = None  # [1, H] recurrent state of the newest row
+
+    @torch.no_grad()
+    def extend(self, aux: Tensor, tokens: Tensor) -> None:
+        """Take in true features: row p pairs aux[p] [m, A] of verified tokens with the tokens [m] that follow them."""
+        layer = self.head.midlayer
+        positions = torch.arange(len(self.keys), len(self.keys) + len(aux))
+        g = self.head.fc(aux.to(self.head.fc.weight.dtype))
+        u = layer.mix(self.embed[tokens], g)
+        key, value = layer.key_value(u, positions)
+        self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
+        attended = attend(layer.query(u[-1:], positions[-1:]), positions[-1:], self.keys, self.values, [], [])
+        self._state = layer.finish(g[-1:], attended)
+
+    @torch.no_grad()
+    def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
+        """Logits [D] of `length` drafted positions after the newest row. `follow`: tokens to read instead of the own drafts."""
+        layer, row = self.head.midlayer, len(self.keys) - 1
+        g, own_keys, own_values, logits = self._state, [], [], []
+        for step in range(length):
+            if step:
+                token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
+                u = layer.mix(self.embed[token][None], g)
+                position = torch.tensor([row + step])
+                key, value = layer.key_value(u, position)
+                own_keys, own_values = [*own_keys, key], [*own_values, value]
+                attended = attend(layer.query(u, position), torch.tensor([row]), self.keys, self.values, own_keys, own_values)
+                g = layer.finish(g, attended)
+            logits.append(self.head.logits(g)[0])
+        return logits
+
+    def draft(self, length: int) -> list[int]:
+        """The next `length` tokens that the draft proposes, as target ids."""
+        return [int(self.target_ids[logits.argmax()]) for logits in self.chain_logits(None, length)]

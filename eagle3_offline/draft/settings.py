@@ -1,0 +1,66 @@
+"""Shape of a draft, derived from the target's config.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..records import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSettings:
+    """All that decides the draft's tensors and arithmetic. Rope, norms and head counts are the target's own."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    layers: tuple[int, ...]  # boundary indices of the captured layers, low to high
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]  # rope_type, rope_theta and the scaling's own keys, as transformers 5 writes them
+    max_position_embeddings: int
+    hidden_act: str = "silu"
+
+    @property
+    def aux_width(self) -> int:
+        """Width of the concatenated captured states."""
+        return len(self.layers) * self.hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> DraftSettings:
+        return cls(**{**value, "layers": tuple(value["layers"])})
+
+
+def draft_settings(target_config: dict[str, Any], layers: tuple[int, ...], draft_vocab_size: int) -> DraftSettings:
+    """The draft that fits a target: one Llama layer of the target's own shape. `target_config` is its config.json."""
+    config = target_config.get("text_config", target_config)
+    refuse_head_transforms(config)
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    return DraftSettings(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
+        layers=tuple(layers),
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_parameters=rope,
+        max_position_embeddings=config["max_position_embeddings"],
+    )
+
+
+def refuse_head_transforms(config: dict[str, Any]) -> None:
+    """The teacher here is softmax(W last); refuse targets whose logits are more than that."""
+    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+        if config.get(key) not in (None, neutral):
+            raise UserError(f"the target's config has {key} = {config[key]}; teachers of the form softmax(W h) only are supported so far")

@@ -1,0 +1,59 @@
+"""Test-time training: the draft unrolled over its own states, as a server will run it (arXiv 2503.01840, section 3).
+
+    g      = fc(aux)                                  once
+    u      = mix(embedding of x[p+1+k], g)
+    g'     = finish(g, attention(u))                  logits = lm_head(norm(g')); g' is the next step's g
+
+A row that is dead at every step needs only its step-0 key and value: queries, MLP and logits run on live rows alone,
+which changes no result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import attend
+from .batch import DraftBatch, StepRows
+from .model import DraftHead
+
+
+def unroll(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
+    """Logits over the draft vocabulary per step: [n_k, D] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
+    layer = head.midlayer
+    dtype = head.fc.weight.dtype
+    g = head.fc(batch.aux.to(dtype))  # [N, H]
+    u = layer.mix(embed[batch.tokens].to(dtype), g)
+    keys, values = layer.key_value(u, batch.positions)  # [N, kv, d], what every step attends to
+    own_keys: list[Tensor] = []
+    own_values: list[Tensor] = []
+    logits = []
+    for k in range(steps):
+        step = batch.steps[k]
+        g = g[step.kept]
+        if k:
+            own_keys, own_values = [x[step.kept] for x in own_keys], [x[step.kept] for x in own_values]
+            u = layer.mix(embed[step.tokens].to(dtype), g)
+            key, value = layer.key_value(u, step.positions)
+            own_keys, own_values = [*own_keys, key], [*own_values, value]
+        else:
+            u = u[step.kept]
+        attended = _attend_segments(layer.query(u, step.positions), step, batch, keys, values, own_keys, own_values)
+        g = layer.finish(g, attended)
+        logits.append(head.logits(g))
+    return logits
+
+
+def _attend_segments(
+    query: Tensor, step: StepRows, batch: DraftBatch, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]
+) -> Tensor:
+    """Attention of each conversation over its own rows. Returns [n_k, h, d]."""
+    pieces, first = [], 0
+    for (start, stop), count in zip(batch.segments, step.counts, strict=True):
+        mine = slice(first, first + count)
+        pieces.append(
+            attend(query[mine], step.rows[mine] - start, keys[start:stop], values[start:stop],
+                   [x[mine] for x in own_keys], [x[mine] for x in own_values])
+        )  # fmt: skip
+        first += count
+    return torch.cat(pieces)

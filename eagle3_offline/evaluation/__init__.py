@@ -1,0 +1,1 @@
+"""Simulated and decoded accept length, the n-gram baseline, and the report."""

@@ -1,0 +1,61 @@
+"""Simulated accept length: walk the held-out answers of a dump with a trained draft, and with the n-gram lookup."""
+
+from __future__ import annotations
+
+from ..config import EvaluateConfig
+from ..draft.batch import to_torch
+from ..draft.held_out import measure
+from ..draft.measures import WalkCount
+from ..draft.teacher import Teacher
+from ..draft.trained import load_trained
+from ..progress import StageProgress
+from ..records import Summary, UserError
+from ..runs import Run, read_json, write_json
+from ..store.reader import Dump
+from .ngram import NgramLookup
+
+
+def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
+    """Measures of drafts/DRAFT on the held-out rows; written to held_out.json there. fp32, whatever the dump's dtype."""
+    folder = run.draft(draft)
+    trained = load_trained(folder)
+    dump = Dump.open(run.dump)
+    rows = dump.rows("eval")[: config.rows]
+    if not len(rows):
+        raise UserError(f"{run.dump} holds no held-out rows: prepare with eval_share, eval_rows or eval_inputs")
+    key = {"draft": trained.about, "chain": config.chain, "rows": len(rows), "ngram": config.ngram}
+    path = folder / "held_out.json"
+    if path.is_file() and (known := read_json(path))["key"] == key:
+        return known["summary"]
+    if trained.about["dump"] != dump.manifest["digest"]:
+        raise UserError(f"drafts/{draft} was trained on the dump {trained.about['dump']}, {run.dump} is now {dump.manifest['digest']}")
+    target = {name: to_torch(array) for name, array in dump.target_tensors().items()}
+    with StageProgress("evaluate", len(rows)) as progress:
+
+        def samples():  # noqa: ANN202
+            for i in rows:
+                yield dump.sample(int(i))
+                progress.advance(1, int(dump.lengths[i]))
+
+        result = measure(
+            trained.head, samples(), embed=target["embed_tokens.weight"].float(), target_ids=trained.target_ids, chain=config.chain,
+            aux_scale=trained.aux_scale, teacher=Teacher(target["lm_head.weight"], trained.target_ids),
+        )  # fmt: skip
+    summary = {
+        **result.summary(),
+        "chain": config.chain,
+        "coverage": trained.vocabulary.coverage,
+        "ngram_tau": ngram_walk(dump, [(dump.input_ids(int(i)), dump.turns(int(i))) for i in rows], config).tau,
+    }
+    write_json(path, {"key": key, "summary": summary})
+    return summary
+
+
+def ngram_walk(dump: Dump, rows: list, config: EvaluateConfig) -> WalkCount:
+    """The lookup's walk over rows [(input_ids, turns)], its index made of the dump's train answers."""
+    train = (int(i) for i in dump.rows("train"))
+    lookup = NgramLookup((dump.input_ids(i)[start:end] for i in train for start, end in dump.turns(i)), config.ngram)
+    count = WalkCount()
+    for input_ids, turns in rows:
+        count += lookup.walk(input_ids, turns, config.chain)
+    return count

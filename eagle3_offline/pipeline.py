@@ -1,0 +1,238 @@
+"""The stages in the order they happen, and the demo that runs them all on one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import runs
+from .capture import dump as capture_dump
+from .capture import regenerate as capture_regenerate
+from .capture.target import OpenTarget, open_target
+from .config import Recipe, TargetConfig
+from .conversations.prepare import prepare
+from .conversations.stdlib_questions import answer_pairs, documents
+from .conversations.token_rows import answer_tokens
+from .draft.export import export
+from .evaluation.decode import decode
+from .evaluation.report import write_report
+from .evaluation.simulate import simulate
+from .records import Summary, UserError
+from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
+from .store.seal import sealed
+from .store.verify import verify as store_verify
+from .target.folder import resolve_folder
+from .target.smollm2 import smollm2_folder
+from .target.tiny import tiny_folder
+from .training.loop import train
+
+
+def cache_folder() -> Path:
+    """Where the demo's targets are kept: $EAGLE3_CACHE, else ~/.cache/eagle3-offline."""
+    return Path(os.environ.get("EAGLE3_CACHE") or Path.home() / ".cache" / "eagle3-offline")
+
+
+def target_folder(config: TargetConfig) -> Path:
+    """The target as a local folder; `smollm2` and `tiny` are made on first use."""
+    if config.model == "smollm2":
+        return smollm2_folder(cache_folder())
+    if config.model == "tiny":
+        return tiny_folder(cache_folder(), answer_pairs(), documents())
+    return resolve_folder(config.model, config.revision)
+
+
+def _target(run: Run, recipe: Recipe) -> OpenTarget:
+    return open_target(run, recipe.target, target_folder(recipe.target))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One function per stage
+
+
+def regenerate_units(run: Run, recipe: Recipe, units: list[int] | None) -> Summary:
+    with StopSignal() as stop:
+        return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop)
+
+
+def dump_units(run: Run, recipe: Recipe, units: list[int] | None) -> Summary:
+    with StopSignal() as stop:
+        return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
+
+
+def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
+    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, _target(run, recipe)), allow_partial)
+
+
+def verify(run: Run, quick: bool) -> Summary:
+    """Raises UserError that lists every problem."""
+    problems = store_verify(run.dump, quick)
+    if problems:
+        raise UserError(f"{len(problems)} problems in {run.dump}:\n" + "\n".join(problems))
+    return {"dump": str(run.dump), "problems": 0, "checked": "sizes and metadata" if quick else "every byte"}
+
+
+def status(run: Run) -> Summary:
+    """Which units are regenerated, dumped, or spare (beyond the answer-token limit)."""
+    plan = run.read_plan()
+    needed = {unit.unit for unit in plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))}
+    numbers = [unit.unit for unit in plan.units]
+    return {
+        "units": len(numbers),
+        "regenerated": [n for n in numbers if run.tokens(n).is_file()],
+        "dumped": [n for n in numbers if sealed(run.dump, n)],
+        "missing": [n for n in numbers if n in needed and not sealed(run.dump, n)],
+        "spare": [n for n in numbers if n not in needed],
+        "sealed": (run.dump / "dump.json").is_file(),
+    }
+
+
+def train_draft(run: Run, recipe: Recipe) -> Summary:
+    with StopSignal() as stop:
+        return train(run, recipe, stop)
+
+
+def evaluate(run: Run, recipe: Recipe) -> Summary:
+    """The walk, and with evaluate.decode_rows the decoding."""
+    summary = {"held_out": simulate(run, recipe.train.draft, recipe.evaluate)}
+    if recipe.evaluate.decode_rows:
+        with StopSignal() as stop:
+            summary["decoded"] = decode(run, recipe, target_folder(recipe.target), stop)
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo
+
+
+class Demo:
+    """All stages of one run, in order. What was made with other settings is made anew, what is there stays."""
+
+    def __init__(self, run: Run, recipe: Recipe):
+        self.run, self.recipe = run, recipe
+        self.draft = run.draft(recipe.train.draft)
+        self.timings_path = run.folder / "timings.json"
+        self.summaries: dict[str, Summary] = {}
+
+    def stages(self) -> list[tuple[str, Callable[[], Summary], list[Path]]]:
+        """Name, work and outputs of each stage."""
+        run, recipe, folder = self.run, self.recipe, self.run.folder
+        return [
+            ("target", lambda: {"folder": str(target_folder(recipe.target))}, []),
+            ("prepare", lambda: prepare(run, recipe.prepare, recipe.max_rejected), [folder / "conversations", run.plan_path]),
+            ("regenerate", lambda: regenerate_units(run, recipe, None), [folder / "tokens", folder / "regenerated"]),
+            ("dump-hidden", self._dump, [run.dump]),
+            ("train", lambda: train_draft(run, recipe), [self.draft / "checkpoints", self.draft / "weights.safetensors"]),
+            ("evaluate", lambda: simulate(run, recipe.train.draft, recipe.evaluate), [self.draft / "held_out.json"]),
+            ("export", lambda: export(self.draft, run.dump / "target", recipe.export), [self.draft / "export"]),
+            ("decode", self._decode, [self.draft / "decoded.json"]),
+        ]
+
+    def perform(self) -> None:
+        """Run every stage, keeping the seconds that each took over all attempts."""
+        for name, work, _ in self.stages():
+            print(f"== {name}", flush=True)
+            started = time.monotonic()
+            summary: Summary = {}
+            try:
+                summary = self._with_fresh_settings(name, work)
+            finally:
+                self._add_seconds(name, time.monotonic() - started, summary)
+            self.summaries[name] = summary
+
+    def _dump(self) -> Summary:
+        dump_units(self.run, self.recipe, None)
+        return seal(self.run, self.recipe)
+
+    def _decode(self) -> Summary:
+        with StopSignal() as stop:
+            return decode(self.run, self.recipe, target_folder(self.recipe.target), stop)
+
+    def _with_fresh_settings(self, name: str, work: Callable[[], Summary]) -> Summary:
+        try:
+            return work()
+        except SettingsChanged as changed:
+            print(f"{name}: the settings of {changed.stage} changed, so it and what follows are made anew", flush=True)
+            self._discard_from(name)
+            return work()
+
+    def _discard_from(self, first: str) -> None:
+        """Remove the outputs of a stage and of all that follow."""
+        names = [name for name, _, _ in self.stages()]
+        later = names[names.index(first) :]
+        if first == "regenerate":
+            self.run.discard("target")
+        for name, _, outputs in self.stages():
+            if name in later:
+                self.run.discard(f"train.{self.draft.name}" if name == "train" else name, *outputs)
+        if "train" in later:
+            shutil.rmtree(self.draft, ignore_errors=True)
+
+    def _add_seconds(self, name: str, seconds: float, summary: Summary) -> None:
+        """Add an attempt's seconds; a re-run that found everything done adds nothing."""
+        timings = read_json(self.timings_path) if self.timings_path.is_file() else {}
+        known = timings.get(name, {"seconds": 0.0, "summary": None})
+        if summary != known["summary"]:
+            done = known["summary"] is not None  # the stage was made anew
+            timings[name] = {"seconds": round(seconds + (0.0 if done else known["seconds"]), 1), "summary": summary or None}
+            write_json(self.timings_path, timings)
+
+    def report(self) -> Summary:
+        """The content of report.json."""
+        timings = read_json(self.timings_path)
+        counts = self.summaries["dump-hidden"]
+        untrained = runs.read_jsonl(self.draft / "held_out.jsonl")[0]
+        return {
+            "recipe": self.recipe.name,
+            "target": self.recipe.target.model,
+            "provenance": read_json(self.run.folder / "provenance.json")[-1],
+            "stages": [{"stage": name, "seconds": timings[name]["seconds"], "bytes": _bytes(outputs)} for name, _, outputs in self.stages()],
+            "rows": {name: {key: self.summaries[name][key] for key in ("done", "rejected")} for name in ("prepare", "regenerate", "dump-hidden")},
+            "tokens": counts["tokens"],
+            "supervised_tokens": counts["supervised"],
+            "stored_bytes": counts["stored_bytes"],
+            "bytes_per_token": counts["stored_bytes"] / counts["tokens"],
+            "raw_bytes_per_token": counts["raw_bytes"] / counts["tokens"],
+            "untrained_tau": untrained["tau"],
+            "held_out": self.summaries["evaluate"],
+            "decoded": self.summaries["decode"],
+            "checks": checks(self.recipe, untrained["tau"], self.summaries["evaluate"], self.summaries["decode"]),
+        }
+
+
+def checks(recipe: Recipe, untrained_tau: float, held_out: Summary, decoded: Summary) -> list[dict[str, object]]:
+    """What must hold for the demo: name, value, what was demanded, and whether it holds."""
+    gap = abs(decoded["walk_tau"] - decoded["tau"])
+    found = [
+        ("speculative output identical to plain greedy", decoded["identical"], f"= {decoded['answers']}", decoded["identical"] == decoded["answers"]),
+        ("|walk - decoded| on the same prompts", gap, "<= 0.01", gap <= 0.01),
+        ("tau of the untrained draft", untrained_tau, "<= 1.05", untrained_tau <= 1.05),
+    ]
+    if recipe.target.model == "tiny":
+        found.append(("tau on held-out questions (walk)", held_out["tau"], ">= 2.5", held_out["tau"] >= 2.5))
+        found.append(("first-root hit", held_out["first_root_hit"], ">= 0.85", held_out["first_root_hit"] >= 0.85))
+    else:
+        found.append(("tau on held-out questions (walk)", held_out["tau"], ">= 1.8", held_out["tau"] >= 1.8))
+    return [dict(zip(("check", "value", "demanded", "holds"), item, strict=True)) for item in found]
+
+
+def _bytes(paths: list[Path]) -> int:
+    """Bytes of files and folders."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def demo(run: Run, recipe: Recipe) -> Summary:
+    """Run the whole job; write report.json and report.html. Raises RuntimeError when a check does not hold."""
+    whole = Demo(run, recipe)
+    whole.perform()
+    report = whole.report()
+    write_json(run.folder / "report.json", report)
+    write_report(run.folder / "report.html", report, whole.draft)
+    for check in report["checks"]:
+        print(f"{'holds' if check['holds'] else 'FAILS'}: {check['check']}: {check['value']:.4g} (demanded {check['demanded']})")
+    if not all(check["holds"] for check in report["checks"]):
+        raise RuntimeError(f"a check does not hold; see {run.folder}/report.json")
+    return {"tau": report["decoded"]["tau"], "speedup": report["decoded"]["speedup"], "report": str(run.folder / "report.html")}

@@ -1,0 +1,76 @@
+"""What a target engine does. Every engine gives its own token ids and its own hidden states; nothing is tokenised again.
+
+Boundary index b = the residual stream entering decoder layer b (0-based) = the output of layer b - 1 = hidden_states[b] of
+Hugging Face, for b < L. Legend: T tokens of a row, H hidden size, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..records import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to generate. `id` and the seed alone decide what is sampled."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The engine's own ids of an answer; the end-of-turn token, where one came, is its last."""
+
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """A row's hidden states in storage dtype (records.STORAGE_DTYPE)."""
+
+    aux: dict[int, np.ndarray]  # boundary -> [T, H], raw residual stream
+    last: np.ndarray  # [T, H], after the final norm
+
+
+class Engine(Protocol):
+    """Runs the target."""
+
+    name: str
+    version: str
+    dtype: str  # key of records.STORAGE_DTYPE
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        """One answer per request, in order."""
+
+    def prefill(self, rows: list[np.ndarray]) -> list[States]:
+        """Hidden states of whole rows [T] int32, in order, from one batch."""
+
+
+def capture_layers(wanted: list[int], num_layers: int) -> tuple[int, ...]:
+    """The boundaries to capture: those asked for, or [2, L//2, L-3]. Raises UserError where they collide or do not exist."""
+    layers = tuple(sorted(wanted)) if wanted else (2, num_layers // 2, num_layers - 3)
+    if not wanted and not 2 < layers[1] < layers[2]:
+        raise UserError(
+            f"the target has {num_layers} decoder layers, so the default boundaries [2, L//2, L-3] = {list(layers)} collide; "
+            f"name distinct ones between 0 and {num_layers - 1} with --set target.layers=[...]"
+        )
+    if len(set(layers)) != len(layers) or not all(0 <= b < num_layers for b in layers):
+        raise UserError(f"target.layers is {list(wanted)}; expected distinct boundary indices between 0 and {num_layers - 1}")
+    return layers

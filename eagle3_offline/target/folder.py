@@ -1,0 +1,107 @@
+"""A target as a folder of files: finding it, its fingerprint, and the tensors that training needs of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..config import TargetConfig
+from ..records import STORAGE_DTYPE, UserError
+
+CARRIED = (  # small files that travel with the dump
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+
+
+def resolve_folder(model: str, revision: str | None = None) -> Path:
+    """A local folder as it is; a hub name from the hub or its local cache. Raises UserError where neither is to be had."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"target.model is {model!r}: neither a local folder with a config.json nor a model that the hub gave ({error})") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The language model's part of config.json."""
+    config = read_config(folder)
+    return config.get("text_config", config)
+
+
+def target_dtype(config: TargetConfig, folder: Path) -> str:
+    """The dtype in which the target runs; `auto` is that of its config."""
+    if config.dtype != "auto":
+        return config.dtype
+    found = text_config(folder).get("dtype") or text_config(folder).get("torch_dtype") or "float32"
+    if found not in STORAGE_DTYPE:
+        raise UserError(f"{folder}/config.json says dtype {found!r}; give one of {', '.join(STORAGE_DTYPE)} with --set target.dtype=...")
+    return found
+
+
+def quick_fingerprint(folder: Path, chat_template_digest: str) -> dict[str, Any]:
+    """What tells one target from another without reading its weights: hashes of small files, names and sizes of large ones."""
+    return {
+        "config": _sha256(folder / "config.json"),
+        "tokenizer": _sha256(folder / "tokenizer.json"),
+        "chat_template": chat_template_digest,
+        "weight_files": {path.name: path.stat().st_size for path in _weight_files(folder)},
+    }
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over all weight files, in the order of their names. Reads every byte."""
+    total = hashlib.sha256()
+    for path in _weight_files(folder):
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
+
+
+def carried_files(folder: Path) -> dict[str, bytes]:
+    """Config, tokenizer and template files, for the dump and for exports."""
+    return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+
+
+def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
+    """embed_tokens.weight [V, H], norm.weight [H] and lm_head.weight [V, H] in the engine's dtype; a tied head is the embedding."""
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.removeprefix("model.") == "norm.weight":
+                    found[name.removeprefix("model.")] = handle.get_tensor(name).to(getattr(torch, dtype))
+                if name.endswith("lm_head.bias"):
+                    raise UserError(f"{path} has an lm_head.bias; teachers of the form softmax(W h) only are supported so far")
+    found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
+    if missing := [name for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight") if found.get(name) is None]:
+        raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors weights")
+    return files
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the target's folder is not complete")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,149 @@
+"""The embedded engine, and the reference for the others: Hugging Face transformers in this process.
+
+Legend: B rows of a batch, P padded length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from ..records import UserError
+from .engine import Completion, Request, Sampling, States
+
+
+class TransformersEngine:
+    """Batched decoding and prefill capture with a left- or right-padded batch."""
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False):
+        """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        self.model = model.eval().to(self.device)
+        self.layers = layers
+        self.dtype = dtype
+        self.end_ids = end_of_turn_ids(folder)
+
+    # -- generation
+
+    @torch.inference_mode()
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        answers: list[list[int]] = [[] for _ in requests]
+        draws = [_generator(sampling.seed, request.id) for request in requests]
+        lengths = torch.tensor([len(request.prompt) for request in requests])
+        mask = torch.arange(int(lengths.max()))[None] >= lengths.max() - lengths[:, None]  # [B, P], left-padded
+        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        ids[mask] = torch.tensor([token for request in requests for token in request.prompt])
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        cache, alive = DynamicCache(), list(range(len(requests)))
+        while alive:
+            out = self.model(
+                input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device), position_ids=positions.to(self.device),
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            tokens = _draw(out.logits[:, -1].float().cpu(), sampling, [draws[i] for i in alive])  # [B]
+            for i, token in zip(alive, tokens, strict=True):
+                answers[i].append(token)
+            going = [n for n, i in enumerate(alive) if answers[i][-1] not in self.end_ids and len(answers[i]) < requests[i].max_tokens]
+            if len(going) < len(alive) and going:
+                cache.batch_select_indices(torch.tensor(going, device=self.device))
+            alive = [alive[n] for n in going]
+            ids = torch.tensor([[tokens[n]] for n in going])
+            positions = positions[going, -1:] + 1
+            mask = torch.cat((mask[going], torch.ones(len(going), 1, dtype=torch.bool)), dim=1)
+        return [Completion(answer, "stop" if answer[-1] in self.end_ids else "length") for answer in answers]
+
+    # -- capture
+
+    @torch.inference_mode()
+    def prefill(self, rows: list[np.ndarray]) -> list[States]:
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, P], right-padded: causal rows never see it
+        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        ids[mask] = torch.from_numpy(np.concatenate(rows)).long()
+        base = self.model.base_model
+        with boundary_inputs(decoder_layers(self.model), self.layers) as captured:
+            out = base(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False)
+        states = []
+        for n, length in enumerate(lengths.tolist()):
+            aux = {b: to_storage(captured[b][n, :length]) for b in self.layers}
+            states.append(States(aux, to_storage(out.last_hidden_state[n, :length])))
+        return states
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers of a transformers causal language model."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise UserError(f"{type(model).__name__} has no `model.layers`: its decoder layers could not be found, so nothing can be captured from it")
+    return layers
+
+
+@contextmanager
+def boundary_inputs(layers: torch.nn.ModuleList, boundaries: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Within the block a forward pass leaves what enters each of these layers, [B, P, H], in the mapping."""
+    captured: dict[int, Tensor] = {}
+
+    def hook(boundary: int):  # noqa: ANN202
+        def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            captured[boundary] = args[0] if args else kwargs["hidden_states"]
+
+        return keep
+
+    handles = [layers[b].register_forward_pre_hook(hook(b), with_kwargs=True) for b in boundaries]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def to_storage(tensor: Tensor) -> np.ndarray:
+    """A tensor to numpy, bfloat16 as its bits in uint16."""
+    tensor = tensor.detach().contiguous().cpu()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def end_of_turn_ids(folder: Path) -> list[int]:
+    """The ids that end an answer, from the generation config (else the config)."""
+    ids = GenerationConfig.from_pretrained(folder).eos_token_id
+    if ids is None:
+        raise UserError(f"{folder}/generation_config.json names no eos_token_id: the end of an answer would never be seen")
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(number)
+
+
+def _draw(logits: Tensor, sampling: Sampling, draws: list[torch.Generator]) -> list[int]:
+    """One token per row of logits [B, V]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    probabilities = truncate(logits / sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
+    return [int(torch.multinomial(row, 1, generator=draw)) for row, draw in zip(probabilities, draws, strict=True)]
+
+
+def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Logits [B, V] with everything outside the k most likely, then outside the nucleus, at -inf."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass ahead of each token
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(outside, float("-inf"))
+    return logits

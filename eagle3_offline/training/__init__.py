@@ -1,0 +1,1 @@
+"""Phase two: the draft trains with DeepSpeed ZeRO, purely from a sealed dump."""

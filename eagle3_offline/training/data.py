@@ -1,0 +1,129 @@
+"""A sealed dump as what training needs of it: the draft's start, the teacher, and batches that are read ahead."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..draft.batch import DraftBatch, collate, to_torch
+from ..draft.model import DraftHead, new_head
+from ..draft.settings import DraftSettings, draft_settings
+from ..draft.vocabulary import DraftVocabulary, draft_vocabulary
+from ..records import Sample, UserError
+from ..store.format import layer_name
+from ..store.reader import Dump
+from .order import rank_batches, step_rows
+
+READ_AHEAD = 4  # steps that are decoded before they are needed
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dump, opened for the training of one draft."""
+
+    dump: Dump
+    settings: DraftSettings
+    vocabulary: DraftVocabulary
+    aux_scale: Tensor | None  # [n_aux * H] fp32
+    embed: Tensor  # [V, H]
+    norm: Tensor  # [H]
+    lm_head: Tensor  # [V, H]
+    train_rows: np.ndarray
+    eval_rows: np.ndarray
+
+    @property
+    def target_ids(self) -> Tensor:
+        """[D] int64: the target's id of each draft token."""
+        return torch.from_numpy(self.vocabulary.target_ids)
+
+    def held_out(self, rows: int | None) -> Iterator[Sample]:
+        """The first `rows` held-out samples, all for None."""
+        return (self.dump.sample(int(i)) for i in self.eval_rows[:rows])
+
+    def new_head(self, config: TrainConfig) -> DraftHead:
+        """The draft before its first step."""
+        if config.head_init == "random":
+            return new_head(self.settings, config.seed)
+        return new_head(self.settings, config.seed, self.lm_head[self.target_ids].float(), self.norm.float())
+
+
+def open_source(path: Path, config: TrainConfig) -> Source:
+    """Open a dump for training. Raises UserError where it is missing, damaged or has no rows to train on."""
+    dump = Dump.open(path)
+    train_rows, eval_rows = dump.rows("train"), dump.rows("eval")
+    train_rows = train_rows[dump.supervised[train_rows] > 1]  # a row with one answer token predicts nothing
+    if not len(train_rows):
+        raise UserError(f"{path} has no train row with at least two answer tokens: nothing to train on")
+    target = dump.target_tensors()
+    statistics = dump.statistics
+    target_config = json.loads((dump.target_folder / "config.json").read_text(encoding="utf-8"))
+    settings = draft_settings(target_config, dump.spec.layers, config.draft_vocab_size)
+    return Source(
+        dump=dump,
+        settings=settings,
+        vocabulary=draft_vocabulary(statistics["token_counts"], settings.draft_vocab_size, end_of_turn_ids(dump.target_folder)),
+        aux_scale=_aux_scale(statistics, dump.spec.layers) if config.aux_scaling else None,
+        embed=to_torch(target["embed_tokens.weight"]),
+        norm=to_torch(target["norm.weight"]),
+        lm_head=to_torch(target["lm_head.weight"]),
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+    )
+
+
+def end_of_turn_ids(target_folder: Path) -> list[int]:
+    """The target's ids that end an answer; the draft must be able to propose them."""
+    path = target_folder / "generation_config.json"
+    path = path if path.is_file() else target_folder / "config.json"
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _aux_scale(statistics: dict[str, np.ndarray], layers: tuple[int, ...]) -> Tensor:
+    rms = np.concatenate([statistics[f"rms_{layer_name(b)}"] for b in layers])
+    return torch.from_numpy(1.0 / np.maximum(rms, 1e-6)).float()
+
+
+def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first_step: int) -> Iterator[list[DraftBatch]]:
+    """This rank's micro-batches of each step from `first_step` on, decoded by a thread before they are needed."""
+    ready: queue.Queue = queue.Queue(READ_AHEAD)
+    done = threading.Event()
+
+    def produce() -> None:
+        try:
+            for step in range(first_step, config.total_steps):
+                rows = source.train_rows[step_rows(config.seed, step, config.batch_size, len(source.train_rows))]
+                pieces = rank_batches(rows, rank, world, config.micro_batch_size)
+                _put([_batch(source, piece, config) for piece in pieces])
+            _put(None)
+        except Exception as error:  # noqa: BLE001 - raised again by the consumer
+            _put(error)
+
+    def _put(item: object) -> None:
+        while not done.is_set():
+            try:
+                return ready.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        done.set()
+
+
+def _batch(source: Source, rows: np.ndarray, config: TrainConfig) -> DraftBatch:
+    return collate([source.dump.sample(int(i)) for i in rows], source.settings.layers, config.ttt_length, source.aux_scale)

@@ -1,0 +1,65 @@
+"""Ranks and DeepSpeed's start-up, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start(timeout_minutes: float) -> Ranks:
+    """Join the process group: torchrun's or DeepSpeed's variables, else srun's, else a group of one."""
+    env = os.environ
+    env.setdefault("RANK", env.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in env else "0")
+    env.setdefault("WORLD_SIZE", env.get("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in env else "1")
+    env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0") if "SLURM_STEP_ID" in env else "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(_free_port()))
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile this operator for a minute and never use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    device = torch.device("cuda", int(env["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), device)
+
+
+def all_sum(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum of a small tensor over all ranks."""
+    if ranks.world > 1:
+        values = values.to(ranks.device)
+        torch.distributed.all_reduce(values)
+    return values.cpu()
+
+
+def native_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 natively; elsewhere it is slower than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    try:
+        with open("/proc/cpuinfo") as handle:
+            flags = next((line for line in handle if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

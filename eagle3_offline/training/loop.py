@@ -1,0 +1,202 @@
+"""The stage `train`: a draft head, unrolled over its own states, trained with DeepSpeed ZeRO from a sealed dump alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Recipe, TrainConfig, packaged
+from ..draft.batch import DraftBatch
+from ..draft.held_out import measure
+from ..draft.loss import denominators, ttt_loss
+from ..draft.model import DraftHead
+from ..draft.teacher import Teacher
+from ..draft.trained import TrainedDraft, is_trained, save_trained
+from ..progress import StageProgress
+from ..records import Stopped, Summary, UserError
+from ..runs import Run, StopSignal, read_json, write_json
+from . import checkpoints
+from .data import Source, open_source, read_ahead
+from .distributed import Ranks, all_sum, native_bfloat16, start
+from .metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All that one step needs."""
+
+    config: TrainConfig
+    source: Source
+    engine: Any  # deepspeed.DeepSpeedEngine
+    teacher: Teacher
+    ranks: Ranks
+
+
+def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
+    """Train recipe.train.draft; go on from its newest checkpoint. Writes weights.safetensors (fp32) and draft.json at the end."""
+    config = recipe.train
+    folder = run.draft(config.draft)
+    source = open_source(run.dump, config)
+    run.claim(f"train.{config.draft}", settings(recipe, source))
+    if is_trained(folder):
+        return read_json(folder / "draft.json")["summary"]
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = start(config.dist_timeout)
+    training = Training(config, source, _engine(config, source, ranks), Teacher(source.lm_head, source.target_ids), ranks)
+    summary = _steps(training, folder, stop)
+    if ranks.rank == 0:
+        _publish(folder, source, summary)
+    torch.distributed.barrier()
+    return summary
+
+
+def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What a draft's weights depend on."""
+    watching = ("eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout")
+    return {**{k: v for k, v in dataclasses.asdict(recipe.train).items() if k not in watching}, "dump": source.dump.manifest["digest"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def _engine(config: TrainConfig, source: Source, ranks: Ranks) -> Any:
+    import deepspeed
+
+    head = source.new_head(config)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=head,
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lambda step: rate(step, config)),
+        config=_deepspeed_config(config, ranks.world),
+    )
+    return engine
+
+
+def rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step (from 0) as a share of its peak: linear warm-up, then cosine or linear down to final_ratio."""
+    warmup = max(1, round(config.warmup_ratio * config.total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.total_steps - 1 - warmup))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.final_ratio + (1 - config.final_ratio) * fall
+
+
+def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    path = Path(config.deepspeed) if config.deepspeed.endswith(".json") else packaged("configs") / f"deepspeed_{config.deepspeed}.json"
+    if not path.is_file():
+        raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
+    if config.batch_size % (world * config.micro_batch_size):
+        raise UserError(f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}")
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
+    return {
+        **json.loads(path.read_text(encoding="utf-8")),
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": bfloat16},
+        "steps_per_print": 2**62,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
+    config, ranks = training.config, training.ranks
+    first = checkpoints.resume(training.engine, folder / "checkpoints")
+    metrics = Metrics(folder, first) if ranks.rank == 0 else None
+    seconds = _read_seconds(folder, first)
+    batches = read_ahead(training.source, config, ranks.rank, ranks.world, first)
+    if first == 0:
+        _evaluate(training, 0, metrics)  # the untrained draft
+    with StageProgress("train", config.total_steps - first, "steps") as progress:
+        for step in range(first, config.total_steps):
+            started = time.monotonic()
+            micro = next(batches)
+            waited = time.monotonic() - started
+            values = _one_step(training, micro)
+            done = step + 1
+            took = time.monotonic() - started
+            seconds += took
+            tokens = int(all_sum(torch.tensor(sum(len(batch.tokens) for batch in micro)), ranks))
+            if metrics:
+                metrics.step({"step": done, **values, "tokens": tokens, "seconds": round(took, 4), "data_wait": round(waited / took, 4)})
+            progress.advance(1, tokens, f"loss {values['loss']:.3f}, data wait {waited / took:.0%}")
+            stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
+            last = done == config.total_steps
+            if last or (config.eval_every and done % config.eval_every == 0):
+                _evaluate(training, done, metrics)
+            if last or stopping or done % config.checkpoint_every == 0:
+                checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
+                _write_seconds(folder, done, seconds, ranks)
+            if stopping and not last:
+                raise Stopped(f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on")
+    return {"draft": config.draft, "steps": config.total_steps, "train_seconds": round(seconds, 1), **_last_evaluation(folder)}
+
+
+def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
+    """One optimiser step over the global batch. Returns the loss, each unroll step's cross-entropy, the rate and the gradient norm."""
+    config, engine, ranks = training.config, training.engine, training.ranks
+    denominator = all_sum(denominators(micro, config.normalisation), ranks)
+    parts = torch.zeros(1 + config.ttt_length, dtype=torch.float64)
+    for batch in micro:
+        logits = engine(batch, training.source.embed, config.ttt_length)
+        loss, per_step = ttt_loss(logits, batch, training.teacher(batch), denominator, config.normalisation, config.step_decay)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss is {float(loss)} on the rows {', '.join(batch.ids)}; nothing was saved since the last checkpoint")
+        engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
+        engine.step()
+        parts += torch.cat((loss.detach()[None], per_step)).double().cpu()
+    loss_value, *entropies = all_sum(parts, ranks).tolist()
+    values = {"loss": loss_value, **{f"ce_{k}": value for k, value in enumerate(entropies)}}
+    return {**values, "learning_rate": engine.get_lr()[0], "gradient_norm": float(engine.get_global_grad_norm())}
+
+
+def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
+    """Held-out measures; every rank computes the same, so that ZeRO-3's gathers stay in step."""
+    config, source = training.config, training.source
+    if not len(source.eval_rows):
+        return
+    result = measure(
+        training.engine.module, source.held_out(config.eval_rows), embed=source.embed, target_ids=source.target_ids,
+        chain=config.ttt_length, aux_scale=source.aux_scale, teacher=training.teacher,
+    )  # fmt: skip
+    if metrics:
+        metrics.evaluation({"step": step, **result.summary()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def _publish(folder: Path, source: Source, summary: Summary) -> None:
+    weights = checkpoints.fp32_weights(folder / "checkpoints", summary["steps"])
+    about = {"dump": source.dump.manifest["digest"], "target": source.dump.spec.target, "summary": summary}
+    save_trained(folder, weights, TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about))
+
+
+def _last_evaluation(folder: Path) -> dict[str, Any]:
+    path = folder / "held_out.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {"tau": json.loads(lines[-1])["tau"]} if lines else {}
+
+
+def _read_seconds(folder: Path, step: int) -> float:
+    """Seconds of training behind a checkpoint, over all resumes."""
+    path = folder / "checkpoints" / "seconds.json"
+    return read_json(path).get(str(step), 0.0) if step and path.is_file() else 0.0
+
+
+def _write_seconds(folder: Path, step: int, seconds: float, ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        write_json(folder / "checkpoints" / "seconds.json", {str(step): seconds})

@@ -1,0 +1,40 @@
+"""metrics.csv (one line a step) and held_out.jsonl (one line an evaluation) of a draft; both continue exactly after a resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from ..runs import read_jsonl, write_jsonl, write_text
+
+
+class Metrics:
+    """Appends lines; what lies beyond the step that training resumes from is dropped, since it is computed again."""
+
+    def __init__(self, folder: Path, resumed_step: int):
+        self.steps, self.held_out = folder / "metrics.csv", folder / "held_out.jsonl"
+        if self.steps.is_file():
+            header, *lines = self.steps.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(self.steps, "".join([header, *lines[:resumed_step]]))
+        if self.held_out.is_file():
+            write_jsonl(self.held_out, [value for value in read_jsonl(self.held_out) if value["step"] <= resumed_step])
+
+    def step(self, values: dict[str, Any]) -> None:
+        new = not self.steps.is_file()
+        with open(self.steps, "a", newline="", encoding="utf-8") as handle:
+            writer = csv.DictWriter(handle, values)
+            if new:
+                writer.writeheader()
+            writer.writerow(values)
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        with open(self.held_out, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.csv as numbers."""
+    with open(path, newline="", encoding="utf-8") as handle:
+        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(handle)]

@@ -1,0 +1,21 @@
+"""`eagle3-offline demo`: the whole job on a real model and real input."""
+
+from __future__ import annotations
+
+import click
+
+from .common import run_stage, with_recipe
+
+
+@click.command("demo")
+@with_recipe
+@click.option("--target", type=click.Choice(["smollm2", "tiny"]), default="smollm2", show_default=True, help="tiny: trained here in two minutes; proves plumbing only.")
+def command(recipe, overrides, run_folder, as_json, target):
+    """Run every stage on this machine: a real target, real questions, a draft that speeds it up, and a report.
+
+    A second run redoes only what changed; a demo that was killed goes on where it stopped. The page is runs/demo/report.html.
+    """
+    from eagle3_offline import pipeline
+
+    name = recipe or ("demo" if target == "smollm2" else "demo-tiny")
+    run_stage("demo", name, overrides, run_folder, as_json, lambda r, run: pipeline.demo(run, r))

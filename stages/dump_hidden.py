@@ -1,0 +1,20 @@
+"""`eagle3-offline dump-hidden`: the target's hidden states, into the store."""
+
+from __future__ import annotations
+
+import click
+
+from .common import parse_units, run_stage, sections, with_recipe, with_units
+
+
+@click.command("dump-hidden", **sections("target", "dump"))
+@with_recipe
+@with_units
+def command(recipe, overrides, run_folder, units, as_json):
+    """Run the target once over the final token ids and write its hidden states, one sealed part per unit.
+
+    Sealed parts are skipped. When all units are dumped, `eagle3-offline store seal` makes them one dump.
+    """
+    from eagle3_offline import pipeline
+
+    run_stage("dump-hidden", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.dump_units(run, r, parse_units(units)))
