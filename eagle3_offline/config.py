@@ -114,10 +114,14 @@ class TrainConfig:
     draft_vocab_size: int = opt(32000, "tokens that the draft can propose, the most frequent ones of the train answers")
     ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
     step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
-    normalisation: Literal["sequence", "token"] = opt("sequence", "mean over each conversation's rows and then over conversations, or over all rows")
+    normalisation: Literal["sequence", "token"] = opt(
+        "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
+    )
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
     aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export")
-    dtype: Literal["auto", "bfloat16", "float32"] = opt("auto", "compute dtype, masters are fp32; auto: bfloat16 where the processor multiplies it natively")
+    dtype: Literal["auto", "bfloat16", "float32"] = opt(
+        "auto", "compute dtype, masters are fp32; auto: bfloat16 where the processor multiplies it natively"
+    )
     deepspeed: str = opt("zero1", "DeepSpeed JSON: a file, or the name of configs/deepspeed_NAME.json")
     batch_size: int = opt(64, "conversations per optimiser step, over all ranks")
     micro_batch_size: int = opt(1, "conversations per forward pass of one rank")
@@ -135,8 +139,21 @@ class TrainConfig:
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")
 
     def __post_init__(self) -> None:
-        positive(self, "train", "draft_vocab_size", "ttt_length", "batch_size", "micro_batch_size", "total_steps", "learning_rate",
-                 "clip", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout")
+        positive(
+            self,
+            "train",
+            "draft_vocab_size",
+            "ttt_length",
+            "batch_size",
+            "micro_batch_size",
+            "total_steps",
+            "learning_rate",
+            "clip",
+            "eval_rows",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "dist_timeout",
+        )
         share(self, "train", "warmup_ratio", "final_ratio")
         if self.batch_size % self.micro_batch_size:
             raise UserError(f"train.batch_size is {self.batch_size}, no multiple of micro_batch_size {self.micro_batch_size}")

@@ -10,7 +10,21 @@ import sys
 from importlib import metadata
 from typing import Any
 
-REQUIRED = ("torch", "deepspeed", "transformers", "datasets", "zarr", "numcodecs", "click", "pyarrow", "safetensors", "xxhash", "matplotlib", "accelerate", "gguf")
+REQUIRED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "zarr",
+    "numcodecs",
+    "click",
+    "pyarrow",
+    "safetensors",
+    "xxhash",
+    "matplotlib",
+    "accelerate",
+    "gguf",
+)
 OPTIONAL = {"sglang": "the production engine, on a GPU: pip install 'eagle3-offline[sglang]'"}
 
 

@@ -20,7 +20,7 @@ from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
 from .evaluation.simulate import simulate
-from .records import Summary, UserError
+from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.seal import sealed
 from .store.verify import verify as store_verify
@@ -188,8 +188,12 @@ class Demo:
             "recipe": self.recipe.name,
             "target": self.recipe.target.model,
             "provenance": read_json(self.run.folder / "provenance.json")[-1],
-            "stages": [{"stage": name, "seconds": timings[name]["seconds"], "bytes": _bytes(outputs)} for name, _, outputs in self.stages()],
-            "rows": {name: {key: self.summaries[name][key] for key in ("done", "rejected")} for name in ("prepare", "regenerate", "dump-hidden")},
+            "stages": [
+                {"stage": name, "seconds": timings[name]["seconds"], "bytes": _bytes(outputs)} for name, _, outputs in self.stages()
+            ],
+            "rows": {
+                name: {key: self.summaries[name][key] for key in ("done", "rejected")} for name in ("prepare", "regenerate", "dump-hidden")
+            },
             "tokens": counts["tokens"],
             "supervised_tokens": counts["supervised"],
             "stored_bytes": counts["stored_bytes"],
@@ -206,7 +210,12 @@ def checks(recipe: Recipe, untrained_tau: float, held_out: Summary, decoded: Sum
     """What must hold for the demo: name, value, what was demanded, and whether it holds."""
     gap = abs(decoded["walk_tau"] - decoded["tau"])
     found = [
-        ("speculative output identical to plain greedy", decoded["identical"], f"= {decoded['answers']}", decoded["identical"] == decoded["answers"]),
+        (
+            "speculative output identical to plain greedy",
+            decoded["identical"],
+            f"= {decoded['answers']}",
+            decoded["identical"] == decoded["answers"],
+        ),
         ("|walk - decoded| on the same prompts", gap, "<= 0.01", gap <= 0.01),
         ("tau of the untrained draft", untrained_tau, "<= 1.05", untrained_tau <= 1.05),
     ]
@@ -225,7 +234,7 @@ def _bytes(paths: list[Path]) -> int:
 
 
 def demo(run: Run, recipe: Recipe) -> Summary:
-    """Run the whole job; write report.json and report.html. Raises RuntimeError when a check does not hold."""
+    """Run the whole job; write report.json and report.html. Raises CheckFailed when a check does not hold."""
     whole = Demo(run, recipe)
     whole.perform()
     report = whole.report()
@@ -234,5 +243,5 @@ def demo(run: Run, recipe: Recipe) -> Summary:
     for check in report["checks"]:
         print(f"{'holds' if check['holds'] else 'FAILS'}: {check['check']}: {check['value']:.4g} (demanded {check['demanded']})")
     if not all(check["holds"] for check in report["checks"]):
-        raise RuntimeError(f"a check does not hold; see {run.folder}/report.json")
+        raise CheckFailed(f"a check does not hold; see {run.folder}/report.json")
     return {"tau": report["decoded"]["tau"], "speedup": report["decoded"]["speedup"], "report": str(run.folder / "report.html")}

@@ -21,6 +21,10 @@ class TooManyRejected(Exception):
     """A stage rejected a larger share of its rows than `max_rejected` allows. Exit code 3."""
 
 
+class CheckFailed(Exception):
+    """The demo ran to its end, but something that must hold does not. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the stage to stop; everything finished so far is kept and a re-run goes on. Exit code 85."""
 

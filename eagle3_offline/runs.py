@@ -22,7 +22,7 @@ from typing import Any
 
 from .records import SPLITS, Reject, Stopped, TooManyRejected, UserError
 
-EXIT_DONE, EXIT_USAGE, EXIT_REJECTED, EXIT_STOPPED = 0, 2, 3, 85
+EXIT_CHECK, EXIT_USAGE, EXIT_REJECTED, EXIT_STOPPED = 1, 2, 3, 85
 
 PLAN_VERSION = 1
 
@@ -82,7 +82,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it is written whole, so it was changed or damaged: remove it and re-run its stage") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); it is written whole, so it was changed or damaged: remove it and re-run its stage"
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -198,7 +200,9 @@ class Run:
         units = tuple(Unit(u["unit"], u["split"], tuple(u["rows"])) for u in value["units"])
         for number, unit in enumerate(units):
             if unit.unit != number or unit.split not in SPLITS:
-                raise UserError(f"{self.plan_path}: entry {number} is unit {unit.unit} of split {unit.split!r}; expected units in order, split train or eval")
+                raise UserError(
+                    f"{self.plan_path}: entry {number} is unit {unit.unit} of split {unit.split!r}; expected units in order, split train or eval"
+                )
         return Plan(units, value["limits"])
 
     # -- rejects
@@ -284,7 +288,11 @@ def _provenance() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if shutil.which("git") else None
+    commit = (
+        subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if shutil.which("git")
+        else None
+    )
     return {
         "argv": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

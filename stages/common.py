@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
-from eagle3_offline.records import Stopped, Summary, TooManyRejected, UserError
-from eagle3_offline.runs import EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
+from eagle3_offline.records import CheckFailed, Stopped, Summary, TooManyRejected, UserError
+from eagle3_offline.runs import EXIT_CHECK, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
 
 EXIT_HELP = "Exit codes: 0 done; 2 usage or configuration; 3 too many rows rejected; 85 stopped by a signal, run again to go on."
 
@@ -54,13 +54,22 @@ def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
         _leave(stage, error, EXIT_USAGE)
     except TooManyRejected as error:
         _leave(stage, error, EXIT_REJECTED)
+    except CheckFailed as error:
+        _leave(stage, error, EXIT_CHECK)
     except Stopped as error:
         _leave(stage, error, EXIT_STOPPED)
     else:
         click.echo(json.dumps({"stage": stage, **summary}) if as_json else f"{stage}: " + describe(summary))
 
 
-def run_stage(stage: str, recipe: str | None, overrides: tuple[str, ...], run_folder: Path | None, as_json: bool, work: Callable[[Recipe, Run], Summary]) -> None:
+def run_stage(
+    stage: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    run_folder: Path | None,
+    as_json: bool,
+    work: Callable[[Recipe, Run], Summary],
+) -> None:
     """Resolve the recipe, record it in the run folder, then work."""
 
     def recorded() -> Summary:

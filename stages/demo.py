@@ -9,7 +9,13 @@ from .common import run_stage, with_recipe
 
 @click.command("demo")
 @with_recipe
-@click.option("--target", type=click.Choice(["smollm2", "tiny"]), default="smollm2", show_default=True, help="tiny: trained here in two minutes; proves plumbing only.")
+@click.option(
+    "--target",
+    type=click.Choice(["smollm2", "tiny"]),
+    default="smollm2",
+    show_default=True,
+    help="tiny: trained here in two minutes; proves plumbing only.",
+)
 def command(recipe, overrides, run_folder, as_json, target):
     """Run every stage on this machine: a real target, real questions, a draft that speeds it up, and a report.
 

@@ -57,7 +57,11 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
 
 def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
     rows = read_token_rows(run.tokens(unit.unit))
-    rejects = [Reject(f"too long: {len(row.input_ids)} tokens, the limit is {spec.max_length}", id=row.id) for row in rows if len(row.input_ids) > spec.max_length]
+    rejects = [
+        Reject(f"too long: {len(row.input_ids)} tokens, the limit is {spec.max_length}", id=row.id)
+        for row in rows
+        if len(row.input_ids) > spec.max_length
+    ]
     too_long = {reject.id for reject in rejects}
     rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
     with PartWriter(run.dump, unit.unit, unit.split, spec) as part:

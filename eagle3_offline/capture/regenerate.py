@@ -79,7 +79,9 @@ def summary(run: Run, units: list[Unit]) -> Summary:
     }
 
 
-def _answer_unit(run: Run, unit: Unit, engine: Engine, target: OpenTarget, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
+def _answer_unit(
+    run: Run, unit: Unit, engine: Engine, target: OpenTarget, recipe: Recipe, stop: StopSignal, progress: StageProgress
+) -> None:
     config = recipe.regenerate
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.seed)
     dialogues = [_begin(row) for row in read_unit(run, unit)]
@@ -107,12 +109,18 @@ def _ask(dialogue: Dialogue, target: OpenTarget, max_tokens: int) -> Request | N
     """The request for the next answer; None (and a reject) where it can't be asked."""
     dialogue.history.append(dialogue.pending.pop(0))
     try:
-        prompt = target.template.next_prompt(dialogue.ids, dialogue.history) if dialogue.turns else target.template.first_prompt(dialogue.history)
+        prompt = (
+            target.template.next_prompt(dialogue.ids, dialogue.history)
+            if dialogue.turns
+            else target.template.first_prompt(dialogue.history)
+        )
     except UserError as error:
         dialogue.reject = Reject(str(error), id=dialogue.row.id)
         return None
     if len(prompt) >= target.context:
-        dialogue.reject = Reject(f"the prompt has {len(prompt)} tokens; with at least one answer token the limit is {target.context}", id=dialogue.row.id)
+        dialogue.reject = Reject(
+            f"the prompt has {len(prompt)} tokens; with at least one answer token the limit is {target.context}", id=dialogue.row.id
+        )
         return None
     return Request(f"{dialogue.row.id}#{len(dialogue.turns)}", prompt, min(max_tokens, target.context - len(prompt)))
 
@@ -121,7 +129,9 @@ def _take(dialogue: Dialogue, request: Request, answer: Completion, target: Open
     """Append an answer. One without any text is no answer: the row is rejected."""
     text = target.template.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
     if not text.strip():
-        dialogue.reject = Reject(f"no assistant turn: the target's answer to turn {len(dialogue.turns)} is empty", id=dialogue.row.id, retry=True)
+        dialogue.reject = Reject(
+            f"no assistant turn: the target's answer to turn {len(dialogue.turns)} is empty", id=dialogue.row.id, retry=True
+        )
         return
     start = len(request.prompt)
     dialogue.ids = [*request.prompt, *answer.token_ids]

@@ -50,7 +50,9 @@ def _load_dataset(source: str) -> Iterator[Conversation | Reject]:
     try:
         data = load_from_disk(source) if Path(source).is_dir() and not list(Path(source).glob("*.jsonl")) else load_dataset(source)
     except (FileNotFoundError, ValueError, ConnectionError, OSError) as error:
-        raise UserError(f"prepare.inputs: {source!r} is neither a JSONL file, `stdlib`, nor a data set that could be loaded: {error}") from None
+        raise UserError(
+            f"prepare.inputs: {source!r} is neither a JSONL file, `stdlib`, nor a data set that could be loaded: {error}"
+        ) from None
     if isinstance(data, DatasetDict):
         if "train" not in data:
             raise UserError(f"prepare.inputs: {source!r} has the splits {sorted(data)} but no `train`")

@@ -24,8 +24,12 @@ def prepare(run: Run, config: PrepareConfig, max_rejected: float) -> Summary:
         rows = rows[: config.max_rows]
     train, evaluation = (rows, held_out) if config.eval_inputs else _split(rows, config)
     if not train:
-        raise UserError(f"prepare: no row is left to train on (inputs {config.inputs}, {len(rejects)} rejected, {len(evaluation)} held out)")
-    content = hashlib.sha256("".join(_line(row, split) for split, part in (("train", train), ("eval", evaluation)) for row in part).encode()).hexdigest()
+        raise UserError(
+            f"prepare: no row is left to train on (inputs {config.inputs}, {len(rejects)} rejected, {len(evaluation)} held out)"
+        )
+    content = hashlib.sha256(
+        "".join(_line(row, split) for split, part in (("train", train), ("eval", evaluation)) for row in part).encode()
+    ).hexdigest()
     run.claim("prepare", {**dataclasses.asdict(config), "content": content})
     units = _units(train, evaluation, config.unit_rows)
     if not run.plan_path.is_file():
@@ -36,14 +40,26 @@ def prepare(run: Run, config: PrepareConfig, max_rejected: float) -> Summary:
         run.write_plan(Plan(tuple(unit for unit, _ in units), limits))
     done = len(train) + len(evaluation)
     check_rejected("prepare", done, len(rejects), max_rejected, run.errors("prepare"))
-    return {"done": done, "rejected": len(rejects), "train": len(train), "eval": len(evaluation), "units": len(units), "content": digest(content)}
+    return {
+        "done": done,
+        "rejected": len(rejects),
+        "train": len(train),
+        "eval": len(evaluation),
+        "units": len(units),
+        "content": digest(content),
+    }
 
 
 def read_unit(run: Run, unit: Unit) -> list[Conversation]:
     """The conversations of a unit, in the plan's order."""
-    rows = [Conversation(v["id"], tuple(Message(**m) for m in v["conversations"]), v["source"], v["group"]) for v in read_jsonl(run.conversations(unit.unit))]
+    rows = [
+        Conversation(v["id"], tuple(Message(**m) for m in v["conversations"]), v["source"], v["group"])
+        for v in read_jsonl(run.conversations(unit.unit))
+    ]
     if tuple(row.id for row in rows) != unit.rows:
-        raise UserError(f"{run.conversations(unit.unit)} holds other rows than plan.json names for unit {unit.unit}: was it changed by hand?")
+        raise UserError(
+            f"{run.conversations(unit.unit)} holds other rows than plan.json names for unit {unit.unit}: was it changed by hand?"
+        )
     return rows
 
 

@@ -30,7 +30,7 @@ FORMS = (
     "Give a short example that uses `{name}`.",
     "Explain `{name}` to a beginner in a few sentences.",
     "When would I use `{name}` from the Python module `{module}`?",
-    "The documentation of `{name}` begins: \"{first_line}\" What does that mean in practice?",
+    'The documentation of `{name}` begins: "{first_line}" What does that mean in practice?',
     "I found `{name}` in some Python code. What is it for, and what should I watch out for?",
 )
 
@@ -110,7 +110,9 @@ def documented() -> list[Documented]:
     """Every documented public function and class, sorted by name; the same on every run of the same Python."""
     root = Path(__file__).resolve().parents[2]
     script = f"import sys; sys.path.append({str(root)!r}); from {__name__} import print_walk; print_walk()"
-    result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL
+    )
     if result.returncode != 0:
         raise UserError(
             f"the walk over the standard library of {sys.executable} exited with {result.returncode}, expected 0; "

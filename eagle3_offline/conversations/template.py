@@ -39,7 +39,9 @@ class ChatTemplate:
         text = self._render(before)
         head, found, tail = text.rpartition(SENTINEL)
         if not found or head != self._render(before[:-2]):
-            raise UserError("the chat template rewrites earlier turns, so a multi-turn row cannot be one token row; split it into single turns")
+            raise UserError(
+                "the chat template rewrites earlier turns, so a multi-turn row cannot be one token row; split it into single turns"
+            )
         between = self._ids(tail)
         if between[0] == ids[-1]:  # the engine's own end-of-turn token
             between = between[1:]

@@ -21,7 +21,6 @@ from .settings import DraftSettings
 from .trained import load_trained
 from .vocabulary import DraftVocabulary
 
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -30,11 +29,18 @@ def export(draft_folder: Path, target_folder: Path, config: ExportConfig) -> Sum
     trained = load_trained(draft_folder)
     target_config = json.loads((target_folder / "config.json").read_text(encoding="utf-8"))
     special_ids = {key: target_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    about = {"channel_scale": "folded into fc" if trained.aux_scale is not None else "none", "layer_convention": "boundary", "layers": list(trained.head.settings.layers), **trained.about}
+    about = {
+        "channel_scale": "folded into fc" if trained.aux_scale is not None else "none",
+        "layer_convention": "boundary",
+        "layers": list(trained.head.settings.layers),
+        **trained.about,
+    }
     folder, aside = draft_folder / "export", draft_folder / ".export.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    write_export(aside, trained.head, trained.vocabulary, export_config(trained.head.settings, config.dtype, special_ids, about), trained.aux_scale)
+    write_export(
+        aside, trained.head, trained.vocabulary, export_config(trained.head.settings, config.dtype, special_ids, about), trained.aux_scale
+    )
     for name in TOKENIZER_FILES:
         if (target_folder / name).is_file():
             shutil.copyfile(target_folder / name, aside / name)

@@ -18,7 +18,14 @@ from .unroll import unroll
 
 @torch.no_grad()
 def measure(
-    head: DraftHead, samples: Iterable[Sample], *, embed: Tensor, target_ids: Tensor, chain: int, aux_scale: Tensor | None = None, teacher: Teacher | None = None
+    head: DraftHead,
+    samples: Iterable[Sample],
+    *,
+    embed: Tensor,
+    target_ids: Tensor,
+    chain: int,
+    aux_scale: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> HeldOut:
     """Walk, acceptance and (with a teacher) alpha and KL of a draft.
 

@@ -22,8 +22,8 @@ class WalkCount:
     steps: int = 0
 
     @property
-    def tau(self) -> float:
-        return self.products / self.steps if self.steps else float("nan")
+    def tau(self) -> float | None:
+        return ratio(self.products, self.steps)
 
     def __iadd__(self, other: WalkCount) -> WalkCount:
         self.products += other.products
@@ -102,15 +102,19 @@ class HeldOut:
 
     def summary(self) -> dict[str, object]:
         """Plain JSON values. `tau` is the walk's; `tau_all_rows` averages over all root rows and is biased upwards."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return {
-                "tau": self.walk.tau,
-                "tau_all_rows": 1 + self.chain_hits / self.rows if self.rows else float("nan"),
-                "first_root_hit": self.first_hits / self.first_roots if self.first_roots else float("nan"),
-                "conditional_acceptance": [float(x) for x in self.hit / self.reached],
-                "alpha": [float(x) for x in self.acceptance / self.alive],
-                "kl": [float(x) for x in self.divergence / self.alive],
-                "answers": self.turns,
-                "verification_steps": self.walk.steps,
-                "answer_tokens": self.walk.products + self.turns,
-            }
+        return {
+            "tau": ratio(self.walk.products, self.walk.steps),
+            "tau_all_rows": ratio(self.rows + self.chain_hits, self.rows),
+            "first_root_hit": ratio(self.first_hits, self.first_roots),
+            "conditional_acceptance": [ratio(*pair) for pair in zip(self.hit, self.reached, strict=True)],
+            "alpha": [ratio(*pair) for pair in zip(self.acceptance, self.alive, strict=True)],
+            "kl": [ratio(*pair) for pair in zip(self.divergence, self.alive, strict=True)],
+            "answers": self.turns,
+            "verification_steps": self.walk.steps,
+            "answer_tokens": self.walk.products + self.turns,
+        }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole as plain JSON: None where there is nothing to divide by."""
+    return float(part / whole) if whole else None

@@ -43,7 +43,11 @@ def draft_settings(target_config: dict[str, Any], layers: tuple[int, ...], draft
     config = target_config.get("text_config", target_config)
     refuse_head_transforms(config)
     heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    rope = config.get("rope_parameters") or {
+        "rope_type": "default",
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **(config.get("rope_scaling") or {}),
+    }
     return DraftSettings(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from ..config import Recipe
 from ..draft.export import read_export
 from ..draft.held_out import measure
-from ..draft.measures import WalkCount
+from ..draft.measures import WalkCount, ratio
 from ..draft.model import DraftHead
 from ..draft.serving import ChainDrafter
 from ..draft.trained import TrainedDraft, load_trained
@@ -173,11 +173,11 @@ def _compare(decoded: list[Decoded]) -> Summary:
         "answer_tokens": sum(len(d.plain) for d in decoded),
         "identical": sum(d.plain == d.speculative for d in decoded),
         "tau": count.tau,
-        "tau_uncut": 1 + drafts / count.steps if count.steps else float("nan"),
+        "tau_uncut": ratio(count.steps + drafts, count.steps),
         "verification_steps": count.steps,
         "plain_seconds": plain,
         "speculative_seconds": speculative,
-        "speedup": plain / speculative if speculative else float("nan"),
+        "speedup": ratio(plain, speculative),
     }
 
 

@@ -1,5 +1,7 @@
 """One self-contained page about a run: curves, three decoded answers, and where seconds and bytes went."""
 
+# ruff: noqa: E501 - lines of HTML read better whole
+
 from __future__ import annotations
 
 import html
@@ -29,7 +31,10 @@ def write_report(path: Path, report: dict[str, Any], draft_folder: Path) -> None
     sections = [_head(report), _checks(report), _tau_table(report), _curves(draft_folder, report), _answers(draft_folder), _stages(report)]
     body = "\n".join(sections)
     title = f"eagle3_offline: {html.escape(report['recipe'])}"
-    write_text(path, f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>\n{body}\n</body></html>\n')
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>\n{body}\n</body></html>\n',
+    )
 
 
 def _head(report: dict[str, Any]) -> str:
@@ -48,7 +53,12 @@ def _head(report: dict[str, Any]) -> str:
 
 def _checks(report: dict[str, Any]) -> str:
     rows = [
-        (html.escape(c["check"]), f"{c['value']:.4g}", html.escape(c["demanded"]), '<span class="ok">holds</span>' if c["holds"] else '<span class="bad">FAILS</span>')
+        (
+            html.escape(c["check"]),
+            f"{c['value']:.4g}",
+            html.escape(c["demanded"]),
+            '<span class="ok">holds</span>' if c["holds"] else '<span class="bad">FAILS</span>',
+        )
         for c in report["checks"]
     ]
     return "<h2>Checks</h2>" + _table(("check", "value", "demanded", ""), rows, numbers={1})
@@ -67,7 +77,8 @@ def _tau_table(report: dict[str, Any]) -> str:
     ]
     table = _table(("accept length", "answers", "tau"), [(name, str(n), f"{tau:.3f}") for name, n, tau in rows], numbers={1, 2})
     depth = [
-        (str(k + 1), f"{held['conditional_acceptance'][k]:.3f}", f"{held['alpha'][k]:.3f}", f"{held['kl'][k]:.3f}") for k in range(len(held["alpha"]))
+        (str(k + 1), f"{held['conditional_acceptance'][k]:.3f}", f"{held['alpha'][k]:.3f}", f"{held['kl'][k]:.3f}")
+        for k in range(len(held["alpha"]))
     ]
     per_step = _table(("drafted token", "accepted if reached", "alpha", "KL"), depth, numbers={0, 1, 2, 3})
     lookup = "" if held["tau"] > held["ngram_tau"] else '<p class="note">The lookup wins here: this target repeats itself.</p>'
@@ -82,7 +93,9 @@ def _curves(draft_folder: Path, report: dict[str, Any]) -> str:
         steps = [(int(line["step"]), float(line["loss"])) for line in csv.DictReader(handle)]
     held_out = read_jsonl(draft_folder / "held_out.jsonl")
     loss = _plot("loss", [step for step, _ in steps], _smooth([value for _, value in steps]))
-    tau = _plot("accept length (walk)", [line["step"] for line in held_out], [line["tau"] for line in held_out], report["held_out"]["ngram_tau"])
+    tau = _plot(
+        "accept length (walk)", [line["step"] for line in held_out], [line["tau"] for line in held_out], report["held_out"]["ngram_tau"]
+    )
     return f'<h2>Training</h2><div class="curves"><div>{loss}</div><div>{tau}</div></div>'
 
 
@@ -142,7 +155,13 @@ def _answer(answer: dict[str, Any], tokenizer: Any) -> str:
 
 def _stages(report: dict[str, Any]) -> str:
     rows = [(stage["stage"], f"{stage['seconds']:,.1f}", _size(stage["bytes"])) for stage in report["stages"]]
-    rows.append(("together", f"{sum(stage['seconds'] for stage in report['stages']):,.1f}", _size(sum(stage["bytes"] for stage in report["stages"]))))
+    rows.append(
+        (
+            "together",
+            f"{sum(stage['seconds'] for stage in report['stages']):,.1f}",
+            _size(sum(stage["bytes"] for stage in report["stages"])),
+        )
+    )
     counts = [(name, str(c["done"]), str(c["rejected"])) for name, c in report["rows"].items()]
     store = (
         f"<p>{report['tokens']:,} tokens in the dump, {report['supervised_tokens']:,} of them answers: {report['bytes_per_token']:,.0f} bytes a token, "
@@ -165,6 +184,6 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], numbers: set[in
     """An HTML table; the columns in `numbers` are right-aligned."""
 
     def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=n" if i in numbers else ""}>{cell}</{tag}>' for i, cell in enumerate(cells)) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells)) + "</tr>"
 
     return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"

@@ -151,9 +151,9 @@ def _check_plain_json(name: str, value: Any) -> None:
 def last_positions(turns: Sequence[tuple[int, int]], length: int) -> np.ndarray:
     """[T_last] int64: the tokens t whose last state is stored: m[t-1], m[t] or m[t+1] is 1.
 
-        token   a b c d e f g h
-        mask    0 0 0 1 1 0 0 0
-        stored  . . c d e f . .
+    token   a b c d e f g h
+    mask    0 0 0 1 1 0 0 0
+    stored  . . c d e f . .
     """
     mask = turn_of_token(tuple(turns), length) > 0  # [T]
     near = mask.copy()

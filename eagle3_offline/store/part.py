@@ -34,7 +34,9 @@ def open_array(folder: Path, part: Mapping[str, Any], name: str, expected: Layou
 class Part:
     """Rows of one part. Opening it checks that every file is there with its size; content is checked as it is read."""
 
-    def __init__(self, folder: Path, spec: DumpSpec, record: Mapping[str, Any] | None = None, open_shard: Callable[[Path, int], Shard] = Shard):
+    def __init__(
+        self, folder: Path, spec: DumpSpec, record: Mapping[str, Any] | None = None, open_shard: Callable[[Path, int], Shard] = Shard
+    ):
         if record is not None:
             check(folder / PART_JSON, record)
         content = read_part_json(folder)

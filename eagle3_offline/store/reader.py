@@ -79,7 +79,9 @@ class Dump:
         """One row with the hidden states of `layers` (None: all that the dump has); other layers are not read."""
         wanted = self.spec.layers if layers is None else tuple(layers)
         if unknown := [layer for layer in wanted if layer not in self.spec.layers]:
-            raise UserError(f"layers {unknown} are not in {self.path}, which has {list(self.spec.layers)}; choose among these, or dump again")
+            raise UserError(
+                f"layers {unknown} are not in {self.path}, which has {list(self.spec.layers)}; choose among these, or dump again"
+            )
         return self._read(i, lambda part, row: part.sample(row, self.ids(i), wanted))
 
     def turns(self, i: int) -> tuple[tuple[int, int], ...]:

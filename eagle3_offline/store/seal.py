@@ -139,7 +139,9 @@ class _Table:
         if twice := sorted(name for name, times in Counter(recorded).items() if times > 1):
             raise UserError(f"{folder} has rows {twice[:_NAMED_ROWS]} more than once; remove it and dump its unit again")
         if foreign := sorted(set(recorded) - set(planned)):
-            raise UserError(f"{folder} has rows {foreign[:_NAMED_ROWS]}, which the plan's unit {unit} has not; remove it and dump the unit again")
+            raise UserError(
+                f"{folder} has rows {foreign[:_NAMED_ROWS]}, which the plan's unit {unit} has not; remove it and dump the unit again"
+            )
 
     def _record_gap(self, unit: int, names: Sequence[str]) -> None:
         if names:

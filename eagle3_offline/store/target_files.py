@@ -82,4 +82,6 @@ def _publish(temporary: Path, folder: Path, index: Mapping[str, Any]) -> None:
         found = json.loads((folder / INDEX).read_bytes())
         if found != index:
             names = ", ".join(name for name in sorted({*found, *index}) if found.get(name) != index.get(name))
-            raise UserError(f"{folder} was written for another target: {names} differ. Use another dump folder, or remove this one") from None
+            raise UserError(
+                f"{folder} was written for another target: {names} differ. Use another dump folder, or remove this one"
+            ) from None

@@ -43,7 +43,9 @@ class PartExists(UserError):
     """The unit's part is sealed already."""
 
     def __init__(self, folder: Path):
-        super().__init__(f"{folder} exists already: a sealed part is never written again. Skip its unit, or remove the folder to dump it anew")
+        super().__init__(
+            f"{folder} exists already: a sealed part is never written again. Skip its unit, or remove the folder to dump it anew"
+        )
 
 
 class PartWriter:
@@ -87,7 +89,9 @@ class PartWriter:
         sums = {layer: channel_squares(states, self.spec.dtype) for layer, states in captured.aux.items()}
         for layer, (squares, _) in sums.items():
             if not np.isfinite(squares).all():
-                raise BadRow(f"row {captured.row.id}: values of layer {layer} are too large: the sum of their squares is infinite; reject the row")
+                raise BadRow(
+                    f"row {captured.row.id}: values of layer {layer} are too large: the sum of their squares is infinite; reject the row"
+                )
         self._failed = True  # until the row is complete
         self._append_row(captured)
         for layer, (squares, tokens) in sums.items():
@@ -106,7 +110,9 @@ class PartWriter:
     def seal(self) -> dict[str, Any]:
         """Finish the arrays, write `part.json` and rename the folder to its final name. Returns the content of `part.json`."""
         if self._failed:
-            raise UserError(f"{self.folder.name}: it was sealed, or writing failed before, so its arrays are incomplete; dump the unit again")
+            raise UserError(
+                f"{self.folder.name}: it was sealed, or writing failed before, so its arrays are incomplete; dump the unit again"
+            )
         self._failed = True  # a seal that was interrupted cannot be taken up again
         self._append_small_arrays()
         files = {"zarr.json": write_bytes(self._temporary / "zarr.json", json_bytes(GROUP_METADATA))}

@@ -30,7 +30,9 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"target.model is {model!r}: neither a local folder with a config.json nor a model that the hub gave ({error})") from None
+        raise UserError(
+            f"target.model is {model!r}: neither a local folder with a config.json nor a model that the hub gave ({error})"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

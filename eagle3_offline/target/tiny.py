@@ -44,9 +44,9 @@ class TinySettings:
     intermediate: int = 512
     vocabulary: int = 2048  # tokens, special ones included
     positions: int = 2048  # longest sequence of the finished model
-    initializer_range: float = 0.05  # larger than Llama's 0.02, which suits wider models
+    initializer_range: float = 0.05  # standard deviation of new weights; Llama has 0.02
     row_tokens: int = 256  # T of a training row
-    batch_rows: int = 4  # B; small batches and many steps learn more in the same time
+    batch_rows: int = 4  # B
     document_steps: int = 40  # first on plain documents, to learn the language
     pair_steps: int = 660  # then on questions and answers
     learning_rate: float = 3e-3  # peak; 20 steps of warm-up, then a cosine to a tenth
@@ -54,7 +54,9 @@ class TinySettings:
 
     def __post_init__(self) -> None:
         if len(set(captured_layers(self.layers))) < 3:
-            raise UserError(f"layers: found {self.layers}, expected at least 7: the captured boundaries {captured_layers(self.layers)} must differ")
+            raise UserError(
+                f"layers: found {self.layers}, expected at least 7: the captured boundaries {captured_layers(self.layers)} must differ"
+            )
 
     @property
     def steps(self) -> int:
@@ -71,7 +73,9 @@ def tiny_folder(
 ) -> Path:
     """The Hugging Face folder of a tiny chat model that answers `pairs`' questions; trained on the first call, found by later ones."""
     if not pairs or not documents:
-        raise UserError(f"a tiny target needs training text: found {len(pairs)} pairs and {len(documents)} documents, expected some of both")
+        raise UserError(
+            f"a tiny target needs training text: found {len(pairs)} pairs and {len(documents)} documents, expected some of both"
+        )
     settings = settings or TinySettings()
     source = {"settings": asdict(settings), "seed": seed, "data": digest([pairs, documents]), "python": platform.python_version()}
     folder = cache / f"tiny-llama-{digest(source)[:12]}"
@@ -81,7 +85,9 @@ def tiny_folder(
     return folder
 
 
-def _make(folder: Path, pairs: Pairs, documents: list[str], seed: int, settings: TinySettings, source: dict[str, Any], progress: Progress) -> None:
+def _make(
+    folder: Path, pairs: Pairs, documents: list[str], seed: int, settings: TinySettings, source: dict[str, Any], progress: Progress
+) -> None:
     """Train tokenizer and model, write them to `folder`."""
     import torch
 
@@ -93,7 +99,12 @@ def _make(folder: Path, pairs: Pairs, documents: list[str], seed: int, settings:
         size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         progress(f"training a tiny target of {size} for {settings.steps} steps, about two minutes on two cores")
         loss = train(model, tokenizer, pairs, documents, settings, progress)
-    measured = {"loss": round(loss, 4), "seconds": round(time.monotonic() - started, 1), "parameters": model.num_parameters(), "bf16": cpu_has_bf16()}
+    measured = {
+        "loss": round(loss, 4),
+        "seconds": round(time.monotonic() - started, 1),
+        "parameters": model.num_parameters(),
+        "bf16": cpu_has_bf16(),
+    }
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / "source.json", {"source": "trained here", **source, **measured})
@@ -157,7 +168,12 @@ def new_model(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, documents: list[str], settings: TinySettings, progress: Progress
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Pairs,
+    documents: list[str],
+    settings: TinySettings,
+    progress: Progress,
 ) -> float:
     """Train for the fixed number of steps; return the mean loss of the last 20."""
     import torch

@@ -28,6 +28,7 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False):
         """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE."""
+        transformers.utils.logging.disable_progress_bar()  # the stages show their own
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
         self.model = model.eval().to(self.device)
@@ -86,7 +87,9 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder layers of a transformers causal language model."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, torch.nn.ModuleList):
-        raise UserError(f"{type(model).__name__} has no `model.layers`: its decoder layers could not be found, so nothing can be captured from it")
+        raise UserError(
+            f"{type(model).__name__} has no `model.layers`: its decoder layers could not be found, so nothing can be captured from it"
+        )
     return layers
 
 

@@ -95,7 +95,9 @@ def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
     if config.batch_size % (world * config.micro_batch_size):
-        raise UserError(f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}")
+        raise UserError(
+            f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}"
+        )
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
     return {
         **json.loads(path.read_text(encoding="utf-8")),
@@ -140,7 +142,9 @@ def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
                 checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
                 _write_seconds(folder, done, seconds, ranks)
             if stopping and not last:
-                raise Stopped(f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on")
+                raise Stopped(
+                    f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on"
+                )
     return {"draft": config.draft, "steps": config.total_steps, "train_seconds": round(seconds, 1), **_last_evaluation(folder)}
 
 

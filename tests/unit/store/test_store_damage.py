@@ -8,7 +8,13 @@ from eagle3_offline.records import UserError
 from eagle3_offline.store.reader import Dump
 from eagle3_offline.store.verify import verify
 
-NEVER_READ = ("loss_mask/c.", "token_counts/c.", "sumsq_h02/c.", "sumsq_h15/c.", "unit-00000/zarr.json")  # by Dump, which knows their size alone
+NEVER_READ = (
+    "loss_mask/c.",
+    "token_counts/c.",
+    "sumsq_h02/c.",
+    "sumsq_h15/c.",
+    "unit-00000/zarr.json",
+)  # by Dump, which knows their size alone
 
 
 def remove(path):

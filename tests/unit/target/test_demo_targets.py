@@ -12,7 +12,9 @@ from eagle3_offline.target import smollm2, tiny
 
 PAIRS = [(f"What does `f{n}` do?", f"Return {n} plus one.") for n in range(40)]
 DOCUMENTS = ["def add(x, y):\n    return x + y\n" * 20, "Return the sum of the two numbers. " * 20]
-SMALL = tiny.TinySettings(hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocabulary=300, row_tokens=64, document_steps=2, pair_steps=3)
+SMALL = tiny.TinySettings(
+    hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocabulary=300, row_tokens=64, document_steps=2, pair_steps=3
+)
 
 
 # -- SmolLM2

@@ -1,0 +1,187 @@
+"""The unroll and its loss against an independent plain loop: per root row, the chain is rebuilt from nothing. float64."""
+
+import math
+
+import pytest
+import torch
+
+from eagle3_offline.draft.batch import collate
+from eagle3_offline.draft.loss import denominators, ttt_loss
+from eagle3_offline.draft.teacher import Teacher, TeacherRows, full_vocabulary
+from eagle3_offline.draft.unroll import unroll
+from eagle3_offline.records import turn_of_token
+
+from .conftest import LAYERS, TURNS, make_sample
+
+K, DECAY = 4, 0.8
+
+
+# -- the plain loop: no code of the project below this line but the weights' names
+
+
+def plain_norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def plain_rotate(x, position, theta):
+    half = len(x) // 2
+    out = []
+    for i in range(len(x)):
+        angle = position * theta ** (-2 * (i % half) / len(x))
+        other = -x[i + half] if i < half else x[i - half]
+        out.append(x[i] * math.cos(angle) + other * math.sin(angle))
+    return torch.stack(out)
+
+
+class PlainDraft:
+    def __init__(self, weights, heads, kv_heads, head_dim, eps=1e-5, theta=10000.0):
+        self.w, self.heads, self.kv_heads, self.head_dim, self.eps, self.theta = weights, heads, kv_heads, head_dim, eps, theta
+
+    def mixed(self, embedding, g):
+        w = self.w
+        first = plain_norm(embedding, w["midlayer.input_layernorm.weight"], self.eps)
+        return torch.cat((first, plain_norm(g, w["midlayer.hidden_norm.weight"], self.eps)))
+
+    def key_value(self, u, position):
+        k = (self.w["midlayer.self_attn.k_proj.weight"] @ u).reshape(self.kv_heads, self.head_dim)
+        v = (self.w["midlayer.self_attn.v_proj.weight"] @ u).reshape(self.kv_heads, self.head_dim)
+        return [plain_rotate(head, position, self.theta) for head in k], list(v)
+
+    def layer(self, u, g, position, pairs):
+        w = self.w
+        q = (w["midlayer.self_attn.q_proj.weight"] @ u).reshape(self.heads, self.head_dim)
+        out = []
+        for h in range(self.heads):
+            kv = h // (self.heads // self.kv_heads)
+            query = plain_rotate(q[h], position, self.theta)
+            scores = torch.stack([query @ keys[kv] / math.sqrt(self.head_dim) for keys, _ in pairs])
+            weights = torch.softmax(scores, 0)
+            out.append(sum(weight * values[kv] for weight, (_, values) in zip(weights, pairs, strict=True)))
+        h = g + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(out)
+        x = plain_norm(h, w["midlayer.post_attention_layernorm.weight"], self.eps)
+        gate, up = w["midlayer.mlp.gate_proj.weight"] @ x, w["midlayer.mlp.up_proj.weight"] @ x
+        return h + w["midlayer.mlp.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+
+    def logits(self, g):
+        return self.w["lm_head.weight"] @ plain_norm(g, self.w["norm.weight"], self.eps)
+
+    def chain(self, p, x, aux, embed, length):
+        """Logits of root row p at steps 0 .. length-1, true tokens read."""
+        features = [self.w["fc.weight"] @ a for a in aux]
+        pairs = [self.key_value(self.mixed(embed[x[j + 1]], features[j]), j) for j in range(p + 1)]
+        g, out = features[p], []
+        for k in range(length):
+            u = self.mixed(embed[x[p + 1 + k]], g)
+            if k:
+                pairs.append(self.key_value(u, p + k))
+            g = self.layer(u, g, p + k, pairs)
+            out.append(self.logits(g))
+        return out
+
+
+def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
+    """Sum over steps of DECAY**k times the mean cross-entropy, as the paper writes it."""
+    inside = set(target_ids.tolist())
+    terms = {}  # (step, conversation) -> cross-entropies
+    for number, s in enumerate(samples):
+        x, turn = s.input_ids, turn_by_hand(s)
+        aux = [torch.cat([torch.from_numpy(s.aux[b][t]) for b in LAYERS]) for t in range(len(x))]
+        last = {int(t): torch.from_numpy(row) for t, row in zip(s.last_positions, s.last, strict=True)}
+        for p in range(len(x)):
+            alive = [k for k in range(K) if p + 2 + k < len(x) and turn[p + 1] and turn[p + 1] == turn[p + 2 + k]]
+            if not alive:
+                continue
+            for k, logits in zip(alive, draft.chain(p, x, aux, embed, len(alive)), strict=True):
+                z = lm_head @ last[p + 1 + k]
+                teacher = torch.softmax(z[target_ids], 0)
+                entropy = -(teacher * torch.log_softmax(logits, 0)).sum()
+                kept = int(z.argmax()) in inside
+                terms.setdefault((k, number), []).append(entropy if kept else entropy * 0)
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(K):
+        rows = [values for (step, _), values in terms.items() if step == k]
+        if not rows:
+            continue
+        if normalisation == "token":
+            mean = sum(sum(values) for values in rows) / sum(len(values) for values in rows)
+        else:
+            mean = sum(sum(values) / len(values) for values in rows) / len(rows)
+        total = total + DECAY**k * mean
+    return total
+
+
+def turn_by_hand(sample):
+    return [next((n + 1 for n, (a, b) in enumerate(sample.turns) if a <= t < b), 0) for t in range(len(sample.input_ids))]
+
+
+# -- the comparison
+
+
+def module_loss(head, samples, embed, lm_head, target_ids, normalisation):
+    batch = collate(samples, LAYERS, K)
+    normaliser, argmax = full_vocabulary(batch.last, lm_head)
+    known = torch.isin(argmax, target_ids)
+    teacher = TeacherRows(batch.last @ lm_head[target_ids].T, normaliser, known)
+    logits = unroll(head, batch, embed, K)
+    return ttt_loss(logits, batch, teacher, denominators([batch], normalisation), normalisation, DECAY)[0]
+
+
+@pytest.mark.parametrize("normalisation", ["sequence", "token"])
+def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, normalisation):
+    samples = [sample, make_sample("second", 10, ((4, 9),), seed=8), make_sample("no live row", 5, ((3, 4),), seed=9)]
+    weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
+    plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation)
+    loss = module_loss(head, samples, embed, lm_head, target_ids, normalisation)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-6)  # the rotary tables are fp32
+    plain.backward()
+    loss.backward()
+    for name, parameter in head.named_parameters():
+        assert torch.allclose(parameter.grad, weights[name].grad, atol=1e-6, rtol=0), name
+        assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+
+
+def test_some_teachers_are_outside_the_draft_vocabulary(sample, lm_head, target_ids):
+    batch = collate([sample], LAYERS, K)
+    known = torch.isin(full_vocabulary(batch.last, lm_head)[1], target_ids)
+    assert known.any() and not known.all()  # else the test above would not see the rule about them
+
+
+def test_batching_changes_nothing(head, sample, embed):
+    """Every conversation of a batch gets the logits that it gets alone."""
+    other = make_sample("second", 10, ((4, 9),), seed=8)
+    together = unroll(head, collate([other, sample], LAYERS, K), embed, K)
+    alone = unroll(head, collate([sample], LAYERS, K), embed, K)
+    for k in range(K):
+        assert torch.allclose(together[k][-len(alone[k]) :] if len(alone[k]) else together[k][:0], alone[k], atol=1e-12)
+
+
+def test_the_future_is_not_seen(head, sample, embed):
+    """Changing what comes after a row's chain changes none of its logits."""
+    import dataclasses
+
+    changed = sample.input_ids.copy()
+    changed[7:] = (changed[7:] + 1) % 40
+    aux = {b: x.copy() for b, x in sample.aux.items()}
+    for x in aux.values():
+        x[6:] += 1.0
+    other = dataclasses.replace(sample, input_ids=changed, aux=aux)
+    before, after = (unroll(head, collate([s], LAYERS, K), embed, K) for s in (sample, other))
+    assert torch.equal(before[0][:3], after[0][:3])  # rows 2, 3, 4: the first turn
+    assert torch.equal(before[2][:1], after[2][:1])
+
+
+def test_streamed_teacher_equals_the_plain_one(lm_head, target_ids, sample, monkeypatch):
+    from eagle3_offline.draft import teacher
+
+    monkeypatch.setattr(teacher, "BLOCK", 7)
+    batch = collate([sample], LAYERS, K)
+    last = batch.last.float()
+    rows = Teacher(lm_head, target_ids)(batch)
+    z = last @ lm_head.float().T
+    assert torch.allclose(rows.log_normaliser, z.logsumexp(-1), atol=1e-5)
+    assert torch.equal(rows.argmax_known, torch.isin(z.argmax(-1), target_ids))
+    assert torch.allclose(rows.logits, z[:, target_ids], atol=1e-5)
+
+
+def test_turns_of_the_fixture(sample):
+    assert turn_by_hand(sample) == turn_of_token(TURNS, 12).tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 2, 2, 2]
