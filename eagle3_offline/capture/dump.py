@@ -49,9 +49,11 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     engine: Engine | None = None
     with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress:
         for unit in chosen:
-            if not store_seal.sealed(run.dump, unit.unit):
-                engine = engine or target.engine()
-                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+            if store_seal.sealed(run.dump, unit.unit):
+                progress.total -= len(unit.rows)
+                continue
+            engine = engine or target.engine()
+            _dump_unit(run, unit, engine, spec, recipe, stop, progress)
     return _summary(run, chosen, recipe)
 
 

@@ -57,14 +57,14 @@ def regenerate(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] 
     engine: Engine | None = None
     with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress:
         for unit in chosen:
-            if unit not in plan.needed(lambda u: answer_tokens(run.tokens(u.unit))):
-                continue  # the answer-token limit is reached: a spare unit
-            if not run.tokens(unit.unit).is_file():
-                engine = engine or target.engine()
-                _answer_unit(run, unit, engine, target, recipe, stop, progress)
-            rejected = len(run.read_rejects(STAGE, unit.unit))
-            check_rejected(STAGE, len(unit.rows) - rejected, rejected, recipe.max_rejected, run.errors(STAGE, unit.unit))
-    return summary(run, chosen)
+            if unit not in plan.needed(lambda u: answer_tokens(run.tokens(u.unit))) or run.tokens(unit.unit).is_file():
+                progress.total -= len(unit.rows)  # spare, since the answer-token limit is reached, or finished
+                continue
+            engine = engine or target.engine()
+            _answer_unit(run, unit, engine, target, recipe, stop, progress)
+    result = summary(run, chosen)
+    check_rejected(STAGE, result["done"], result["rejected"], recipe.max_rejected, run.errors(STAGE))
+    return result
 
 
 def summary(run: Run, units: list[Unit]) -> Summary:

@@ -75,14 +75,14 @@ def _tau_table(report: dict[str, Any]) -> str:
         ("draft, walk over the same fp32 answers", decoded["answers"], decoded["walk_tau"]),
         ("n-gram lookup on the same answers", decoded["answers"], decoded["ngram_tau"]),
     ]
-    table = _table(("accept length", "answers", "tau"), [(name, str(n), f"{tau:.3f}") for name, n, tau in rows], numbers={1, 2})
+    table = _table(("accept length", "answers", "tau"), [(name, str(n), _number(tau)) for name, n, tau in rows], numbers={1, 2})
     depth = [
-        (str(k + 1), f"{held['conditional_acceptance'][k]:.3f}", f"{held['alpha'][k]:.3f}", f"{held['kl'][k]:.3f}")
+        (str(k + 1), *(_number(held[name][k]) for name in ("conditional_acceptance", "alpha", "kl")))
         for k in range(len(held["alpha"]))
     ]
     per_step = _table(("drafted token", "accepted if reached", "alpha", "KL"), depth, numbers={0, 1, 2, 3})
     lookup = "" if held["tau"] > held["ngram_tau"] else '<p class="note">The lookup wins here: this target repeats itself.</p>'
-    note = f'<p class="note">First-root hit {held["first_root_hit"]:.3f}; the draft vocabulary covers {held["coverage"]:.1%} of the train answers.</p>'
+    note = f'<p class="note">First-root hit {_number(held["first_root_hit"])}; the draft vocabulary covers {held["coverage"]:.1%} of the train answers.</p>'
     return f"<h2>Accept length on held-out questions</h2>{table}{lookup}{per_step}{note}"
 
 
@@ -148,9 +148,9 @@ def _answer(answer: dict[str, Any], tokenizer: Any) -> str:
         pieces.append(("bonus", product[accepted:]))
         place += step["product"]
     spans = "".join(f'<span class="{kind}">{html.escape(tokenizer.decode([token]))}</span>' for kind, tokens in pieces for token in tokens)
-    tau = (len(answer["speculative"]) - 1) / len(answer["steps"]) if answer["steps"] else float("nan")
+    tau = _number((len(answer["speculative"]) - 1) / len(answer["steps"]) if answer["steps"] else None)
     question = html.escape(tokenizer.decode(answer["prompt"]))
-    return f'<p class="note">{html.escape(answer["id"])}: {tau:.2f} tokens a step</p><details><summary>prompt</summary><div class="answer">{question}</div></details><div class="answer">{spans}</div>'
+    return f'<p class="note">{html.escape(answer["id"])}: {tau} tokens a step</p><details><summary>prompt</summary><div class="answer">{question}</div></details><div class="answer">{spans}</div>'
 
 
 def _stages(report: dict[str, Any]) -> str:
@@ -174,6 +174,10 @@ def _stages(report: dict[str, Any]) -> str:
         + _table(("stage", "rows done", "rejected"), counts, numbers={1, 2})
         + f'<p class="note">{html.escape(where["time"])}, Python {html.escape(where["python"])}, {html.escape(versions)}</p>'
     )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _size(count: int) -> str:
