@@ -22,7 +22,7 @@ from typing import Any
 
 from .records import SPLITS, Reject, Stopped, TooManyRejected, UserError
 
-EXIT_CHECK, EXIT_USAGE, EXIT_REJECTED, EXIT_STOPPED = 1, 2, 3, 85
+EXIT_FAULT, EXIT_USAGE, EXIT_REJECTED, EXIT_STOPPED = 1, 2, 3, 85
 
 PLAN_VERSION = 1
 
@@ -85,6 +85,25 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} is not valid JSON ({error}); it is written whole, so it was changed or damaged: remove it and re-run its stage"
         ) from None
+
+
+def append_jsonl(path: Path, value: Any) -> None:
+    """Add a line to a file that `continue_jsonl` opened."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def continue_jsonl(path: Path, keep: Callable[[Any], bool] = lambda _: True) -> list[Any]:
+    """The values of a file that is appended to, those that `keep` accepts; the file is rewritten with these alone.
+
+    A last line without its end was torn by a kill and is dropped.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    values = [value for line in lines if line.endswith("\n") and keep(value := json.loads(line))]
+    write_jsonl(path, values)
+    return values
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -12,7 +12,7 @@ import click
 
 from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
 from eagle3_offline.records import CheckFailed, Stopped, Summary, TooManyRejected, UserError
-from eagle3_offline.runs import EXIT_CHECK, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
+from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
 
 EXIT_HELP = "Exit codes: 0 done; 2 usage or configuration; 3 too many rows rejected; 85 stopped by a signal, run again to go on."
 
@@ -54,8 +54,8 @@ def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
         _leave(stage, error, EXIT_USAGE)
     except TooManyRejected as error:
         _leave(stage, error, EXIT_REJECTED)
-    except CheckFailed as error:
-        _leave(stage, error, EXIT_CHECK)
+    except (CheckFailed, OSError) as error:  # a full disk or a read-only folder says so itself
+        _leave(stage, error, EXIT_FAULT)
     except Stopped as error:
         _leave(stage, error, EXIT_STOPPED)
     else:

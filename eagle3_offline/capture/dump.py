@@ -12,7 +12,7 @@ from ..runs import Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.format import DumpSpec
 from ..store.target_files import write_target
-from ..store.writer import PartWriter
+from ..store.writer import BadRow, PartWriter
 from ..target.engine import Engine
 from ..target.folder import carried_files, head_tensors, text_config
 from ..target.transformers_engine import to_storage
@@ -74,7 +74,7 @@ def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Rec
             for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
                 try:
                     part.add(CapturedRow(row, states.aux, states.last))
-                except ValueError as error:  # wrong shape, not finite: this row only
+                except BadRow as error:  # not finite, say: this row only
                     rejects.append(Reject(str(error), id=row.id, retry=True))
                     part.reject(rejects[-1])
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))

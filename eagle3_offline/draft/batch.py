@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ class StepRows:
     counts: tuple[int, ...]  # rows per conversation; sums to n_k
 
 
+def _moved(value: object, device: torch.device) -> object:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
 @dataclass(frozen=True)
 class DraftBatch:
     """Several conversations side by side: no padding, segments instead."""
@@ -37,6 +41,11 @@ class DraftBatch:
     last: Tensor  # [n_last, H] the target's post-norm last states
     last_counts: tuple[int, ...]  # rows of `last` per conversation
     steps: tuple[StepRows, ...]
+
+    def to(self, device: torch.device) -> DraftBatch:
+        """The same batch on a device."""
+        steps = tuple(StepRows(**{f.name: _moved(getattr(step, f.name), device) for f in fields(step)}) for step in self.steps)
+        return DraftBatch(**{**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)}, "steps": steps})
 
 
 def to_torch(array: np.ndarray) -> Tensor:

@@ -33,12 +33,13 @@ def measure(
     target's ids, that equals the stored next token; tokens outside the draft vocabulary are misses.
     """
     totals = HeldOut.empty(chain)
+    target_ids = target_ids.to(embed.device)
     for sample in samples:
-        batch = collate([sample], head.settings.layers, chain, aux_scale)
+        batch = collate([sample], head.settings.layers, chain, aux_scale).to(embed.device)
         logits = [step.float() for step in unroll(head, batch, embed, chain)]
         hits = np.zeros((len(sample.input_ids), chain), bool)
         for k, step in enumerate(batch.steps):
-            hits[step.rows.numpy(), k] = (target_ids[logits[k].argmax(-1)] == step.predicted).numpy()
+            hits[step.rows.cpu().numpy(), k] = (target_ids[logits[k].argmax(-1)] == step.predicted).cpu().numpy()
         totals.add_hits(sample.turns, turn_of_token(sample.turns, len(sample.input_ids)), hits)
         if teacher is not None:
             _add_distances(totals, logits, batch, teacher(batch))

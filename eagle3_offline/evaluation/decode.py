@@ -9,7 +9,6 @@ One verification step, chain of 3, root r (the newest token, its state not yet k
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..draft.serving import ChainDrafter
 from ..draft.trained import TrainedDraft, load_trained
 from ..progress import StageProgress
 from ..records import Sample, Summary, UserError
-from ..runs import Run, StopSignal, digest, read_json, read_jsonl, write_json
+from ..runs import Run, StopSignal, append_jsonl, continue_jsonl, digest, read_json, write_json
 from ..store.reader import Dump
 from ..target.engine import States
 from ..target.transformers_engine import TransformersEngine, boundary_inputs, decoder_layers
@@ -140,14 +139,13 @@ def decode(run: Run, recipe: Recipe, target_folder: Path, stop: StopSignal) -> S
 
 
 def _decode_rows(decoder: Decoder, dump: Dump, rows: np.ndarray, path: Path, stop: StopSignal) -> list[Decoded]:
-    decoded = [_from_json(value) for value in read_jsonl(path)] if path.is_file() else []
+    decoded = [_from_json(value) for value in continue_jsonl(path)]
     with StageProgress("decode", len(rows) - len(decoded)) as progress:
         for i in rows[len(decoded) :]:
             stop.check()
             start = dump.turns(int(i))[0][0]
             decoded.append(_decode_one(decoder, dump.ids(int(i)), dump.input_ids(int(i))[:start].tolist()))
-            with open(path, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(asdict(decoded[-1])) + "\n")
+            append_jsonl(path, asdict(decoded[-1]))
             progress.advance(1, len(decoded[-1].plain))
     return decoded
 

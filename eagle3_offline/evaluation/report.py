@@ -77,8 +77,7 @@ def _tau_table(report: dict[str, Any]) -> str:
     ]
     table = _table(("accept length", "answers", "tau"), [(name, str(n), _number(tau)) for name, n, tau in rows], numbers={1, 2})
     depth = [
-        (str(k + 1), *(_number(held[name][k]) for name in ("conditional_acceptance", "alpha", "kl")))
-        for k in range(len(held["alpha"]))
+        (str(k + 1), *(_number(held[name][k]) for name in ("conditional_acceptance", "alpha", "kl"))) for k in range(len(held["alpha"]))
     ]
     per_step = _table(("drafted token", "accepted if reached", "alpha", "KL"), depth, numbers={0, 1, 2, 3})
     lookup = "" if held["tau"] > held["ngram_tau"] else '<p class="note">The lookup wins here: this target repeats itself.</p>'

@@ -6,7 +6,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,10 @@ class Source:
         """[D] int64: the target's id of each draft token."""
         return torch.from_numpy(self.vocabulary.target_ids)
 
+    def to(self, device: torch.device) -> Source:
+        """The target's tensors on a device; samples stay on the host."""
+        return replace(self, embed=self.embed.to(device), norm=self.norm.to(device), lm_head=self.lm_head.to(device))
+
     def held_out(self, rows: int | None) -> Iterator[Sample]:
         """The first `rows` held-out samples, all for None."""
         return (self.dump.sample(int(i)) for i in self.eval_rows[:rows])
@@ -53,7 +57,9 @@ class Source:
         """The draft before its first step."""
         if config.head_init == "random":
             return new_head(self.settings, config.seed)
-        return new_head(self.settings, config.seed, self.lm_head[self.target_ids].float(), self.norm.float())
+        return new_head(
+            self.settings, config.seed, self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu(), self.norm.float().cpu()
+        )
 
 
 def open_source(path: Path, config: TrainConfig) -> Source:

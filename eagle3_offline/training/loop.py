@@ -48,7 +48,9 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
         return read_json(folder / "draft.json")["summary"]
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
-    training = Training(config, source, _engine(config, source, ranks), Teacher(source.lm_head, source.target_ids), ranks)
+    source = source.to(ranks.device)
+    teacher = Teacher(source.lm_head, source.target_ids.to(ranks.device))
+    training = Training(config, source, _engine(config, source, ranks), teacher, ranks)
     summary = _steps(training, folder, stop)
     if ranks.rank == 0:
         _publish(folder, source, summary)
@@ -153,7 +155,7 @@ def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
     config, engine, ranks = training.config, training.engine, training.ranks
     denominator = all_sum(denominators(micro, config.normalisation), ranks)
     parts = torch.zeros(1 + config.ttt_length, dtype=torch.float64)
-    for batch in micro:
+    for batch in (batch.to(ranks.device) for batch in micro):
         logits = engine(batch, training.source.embed, config.ttt_length)
         loss, per_step = ttt_loss(logits, batch, training.teacher(batch), denominator, config.normalisation, config.step_decay)
         if not torch.isfinite(loss):

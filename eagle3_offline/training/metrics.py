@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from ..runs import read_jsonl, write_jsonl, write_text
+from ..runs import append_jsonl, continue_jsonl, write_text
 
 
 class Metrics:
@@ -18,8 +17,7 @@ class Metrics:
         if self.steps.is_file():
             header, *lines = self.steps.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.steps, "".join([header, *lines[:resumed_step]]))
-        if self.held_out.is_file():
-            write_jsonl(self.held_out, [value for value in read_jsonl(self.held_out) if value["step"] <= resumed_step])
+        continue_jsonl(self.held_out, lambda value: 0 < resumed_step >= value["step"])
 
     def step(self, values: dict[str, Any]) -> None:
         new = not self.steps.is_file()
@@ -30,8 +28,7 @@ class Metrics:
             writer.writerow(values)
 
     def evaluation(self, values: dict[str, Any]) -> None:
-        with open(self.held_out, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+        append_jsonl(self.held_out, values)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -1,0 +1,92 @@
+"""Runs of the real stages on a small random target: seconds, not minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from eagle3_offline.stages.cli import main
+
+SUBJECTS = ["lists", "dicts", "sets", "tuples", "strings", "files", "loops", "errors", "types", "tests"]
+
+
+def conversations(count: int) -> list[dict]:
+    """Single-turn and two-turn rows."""
+    rows = []
+    for i in range(count):
+        messages = [{"role": "user", "content": f"tell me about {SUBJECTS[i % 10]} number {i}"}]
+        if i % 3 == 0:
+            messages += [{"role": "assistant", "content": "old answer"}, {"role": "user", "content": "and more?"}]
+        rows.append({"id": f"row-{i}", "conversations": messages})
+    return rows
+
+
+def write_recipe(folder: Path, target: Path, rows: list[dict], **changes: dict) -> Path:
+    """A recipe over these rows with small numbers everywhere; `changes` update its sections."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "small",
+        "target": {"model": str(target), "dtype": "bfloat16", "max_length": 160},
+        "prepare": {"inputs": [str(folder / "rows.jsonl")], "eval_rows": 6, "unit_rows": 8},
+        "regenerate": {"max_tokens": 12, "batch_size": 8},
+        "train": {
+            "draft_vocab_size": 128,
+            "ttt_length": 3,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "total_steps": 12,
+            "eval_every": 6,
+            "eval_rows": 4,
+            "checkpoint_every": 4,
+            "dtype": "float32",
+        },
+        "evaluate": {"chain": 3, "decode_rows": 3},
+        "export": {"dtype": "float32"},
+    }
+    for section, values in changes.items():
+        recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+class Cli:
+    """The command line in this process (`stage`) or, to be killed, in one of its own (`start`)."""
+
+    def __init__(self, recipe: Path, run: Path):
+        self.recipe, self.run = recipe, run
+
+    def arguments(self, *words: str) -> list[str]:
+        return [*words, "--recipe", str(self.recipe), "--run", str(self.run)]
+
+    def stage(self, *words: str, exit_code: int = 0):
+        """Run a stage; return its summary (exit code 0) or its output."""
+        result = CliRunner().invoke(main, self.arguments(*words, "--json"))
+        assert result.exit_code == exit_code, f"{words}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
+        return json.loads(result.stdout.splitlines()[-1]) if exit_code == 0 else result.output
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+        """The stage in a process of its own."""
+        command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+    def phase_one(self) -> None:
+        for words in (["prepare"], ["regenerate"], ["dump-hidden"], ["store", "seal"]):
+            self.stage(*words)
+
+
+@pytest.fixture(scope="session")
+def dumped(random_target, tmp_path_factory) -> Cli:
+    """A run with a sealed dump of 30 rows. Shared: tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("dumped")
+    cli = Cli(write_recipe(folder, random_target, conversations(30)), folder / "run")
+    cli.phase_one()
+    return cli

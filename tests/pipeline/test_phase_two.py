@@ -1,0 +1,201 @@
+"""train, evaluate and export, purely from a dump: resumes, ranks, and what the export holds."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_offline.draft.export import read_export
+from eagle3_offline.draft.trained import load_trained
+from eagle3_offline.runs import EXIT_STOPPED, Run
+from eagle3_offline.training.metrics import read_metrics
+
+from .conftest import Cli, write_recipe
+
+
+@pytest.fixture
+def copied(dumped, tmp_path) -> Cli:
+    """A copy of the dumped run, to train in."""
+    shutil.copytree(dumped.run, tmp_path / "run")
+    return Cli(dumped.recipe, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(dumped, tmp_path_factory) -> Cli:
+    """An uninterrupted training of 12 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(dumped.run, folder / "run")
+    cli = Cli(dumped.recipe, folder / "run")
+    cli.stage("train")
+    return cli
+
+
+def losses(cli: Cli, draft: str = "draft") -> list[float]:
+    return [line["loss"] for line in read_metrics(Run(cli.run).draft(draft) / "metrics.csv")]
+
+
+def weights(cli: Cli) -> dict[str, torch.Tensor]:
+    return load_file(Run(cli.run).draft("draft") / "weights.safetensors")
+
+
+def test_training_lowers_the_loss_and_writes_every_step(trained):
+    lines = read_metrics(Run(trained.run).draft("draft") / "metrics.csv")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert np.mean(losses(trained)[-3:]) < np.mean(losses(trained)[:3])
+    held_out = [json.loads(line) for line in (Run(trained.run).draft("draft") / "held_out.jsonl").read_text().splitlines()]
+    assert [value["step"] for value in held_out] == [0, 6, 12]
+
+
+def test_the_target_is_not_opened_and_sglang_not_imported(dumped, tmp_path, random_target):
+    """Training in a process without sglang and vllm, from a run whose target is gone."""
+    run = tmp_path / "run"
+    shutil.copytree(dumped.run, run)
+    recipe = write_recipe(tmp_path, tmp_path / "gone", [])
+    block = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('sglang', 'vllm'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from eagle3_offline.config import load_recipe\n"
+        "from eagle3_offline.runs import Run, StopSignal\n"
+        "from eagle3_offline.training.loop import train\n"
+        f"print(train(Run({str(run)!r}), load_recipe({str(recipe)!r}, ('train.total_steps=2',)), StopSignal()))\n"
+        "assert 'eagle3_offline.target.transformers_engine' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(trained, copied):
+    """SIGUSR1, as Slurm sends it: a checkpoint at the next step, exit 85; then kill -9; then to the end."""
+    process = copied.start("train")
+    wait_for_step(copied, 2)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, output
+    stopped = len(losses(copied))
+    if stopped < 12:
+        assert f"stopped at step {stopped} of 12" in output
+        process = copied.start("train")
+        wait_for_step(copied, stopped + 1)
+        process.kill()
+        process.communicate()
+    copied.stage("train")
+    assert losses(copied) == losses(trained)
+    again, once = weights(copied), weights(trained)
+    assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+def wait_for_step(cli: Cli, step: int, seconds: float = 120) -> None:
+    path = Run(cli.run).draft("draft") / "metrics.csv"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.is_file() and len(path.read_text().splitlines()) > step:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} after {seconds} s")
+
+
+def test_two_ranks_give_the_losses_of_one(trained, copied):
+    """Over gloo, ZeRO-1, fp32: the same global batches, hence the same losses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        copied.start("train", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert losses(copied) == pytest.approx(losses(trained), rel=1e-5)
+
+
+def test_bfloat16_trains_and_resumes(copied):
+    options = ("--set", "train.dtype=bfloat16", "--set", "train.draft=half")
+    copied.stage("train", *options)
+    whole = losses(copied, "half")
+    folder = Run(copied.run).draft("half")
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    (folder / "draft.json").unlink()
+    copied.stage("train", *options)
+    assert losses(copied, "half") == whole
+
+
+def test_several_drafts_from_one_dump_and_other_settings_are_refused(trained, copied):
+    copied.stage("train", "--set", "train.draft=other", "--set", "train.total_steps=2", "--set", "train.aux_scaling=false")
+    assert len(losses(copied, "other")) == 2
+    message = copied.stage("train", "--set", "train.draft=other", "--set", "train.total_steps=3", exit_code=2)
+    assert "total_steps was 2, is now 3" in message
+
+
+def test_evaluate_export_and_decode(trained, tmp_path):
+    cli = Cli(trained.recipe, tmp_path / "run")
+    shutil.copytree(trained.run, cli.run)
+    folder = Run(cli.run).draft("draft")
+    assert "run `export` first" in cli.stage("evaluate", exit_code=2)
+    exported = cli.stage("export")
+    assert exported["to"] == "sglang"
+    summary = cli.stage("evaluate")
+    assert summary["held_out"]["answers"] >= 6
+    assert summary["decoded"]["identical"] == summary["decoded"]["answers"] == 3
+    assert summary["decoded"]["walk_tau"] == pytest.approx(summary["decoded"]["tau"], abs=0.01)
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]  # boundaries 2, 4, 5 in SGLang's dialect
+    assert config["draft_vocab_size"] == 128 and config["tie_word_embeddings"] is False
+    assert (folder / "export" / "tokenizer.json").is_file()
+
+
+EXPORTED_KEYS = {
+    "fc.weight",
+    "midlayer.input_layernorm.weight",
+    "midlayer.hidden_norm.weight",
+    "midlayer.post_attention_layernorm.weight",
+    "midlayer.self_attn.q_proj.weight",
+    "midlayer.self_attn.k_proj.weight",
+    "midlayer.self_attn.v_proj.weight",
+    "midlayer.self_attn.o_proj.weight",
+    "midlayer.mlp.gate_proj.weight",
+    "midlayer.mlp.up_proj.weight",
+    "midlayer.mlp.down_proj.weight",
+    "norm.weight",
+    "lm_head.weight",
+    "d2t",
+    "t2d",
+}
+
+
+def test_the_export_has_the_exact_keys_and_the_scale_is_folded(trained, tmp_path):
+    cli = Cli(trained.recipe, tmp_path / "run")
+    shutil.copytree(trained.run, cli.run)
+    cli.stage("export")
+    folder = Run(cli.run).draft("draft")
+    tensors = load_file(folder / "export" / "model.safetensors")
+    assert set(tensors) == EXPORTED_KEYS
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape[1] == 2 * tensors["norm.weight"].shape[0]
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    draft, (head, target_ids) = load_trained(folder), read_export(folder / "export")
+    assert torch.equal(target_ids, draft.target_ids)
+    aux = torch.randn(5, draft.head.settings.aux_width) * 10
+    assert draft.aux_scale is not None and not torch.allclose(draft.aux_scale, torch.ones_like(draft.aux_scale))
+    assert torch.allclose(head.fc(aux), draft.head.fc(aux * draft.aux_scale), atol=1e-4)
+
+
+def test_a_damaged_dump_is_refused_by_training(copied):
+    part = next((copied.run / "dump" / "parts").glob("unit-*/h02/c*"))
+    size = part.stat().st_size
+    os.truncate(part, size - 1)
+    output = copied.stage("store", "verify", exit_code=2)
+    assert part.name in output
+    message = copied.stage("train", "--set", "train.draft=fresh", exit_code=2)
+    assert "unit-" in message
