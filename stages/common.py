@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
 from eagle3_offline.records import CheckFailed, Stopped, Summary, TooManyRejected, UserError
 from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # they say what is wrong; a traceback would bury it
 EXIT_HELP = "Exit codes: 0 done; 2 usage or configuration; 3 too many rows rejected; 85 stopped by a signal, run again to go on."
 
 
@@ -54,7 +56,11 @@ def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
         _leave(stage, error, EXIT_USAGE)
     except TooManyRejected as error:
         _leave(stage, error, EXIT_REJECTED)
-    except (CheckFailed, OSError) as error:  # a full disk or a read-only folder says so itself
+    except CheckFailed as error:
+        _leave(stage, error, EXIT_FAULT)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
         _leave(stage, error, EXIT_FAULT)
     except Stopped as error:
         _leave(stage, error, EXIT_STOPPED)

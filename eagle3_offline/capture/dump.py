@@ -41,8 +41,9 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     """Dump the units (all that the plan needs, for None). Sealed parts are skipped; a stop loses at most the current part."""
     spec = dump_spec(run, recipe, target)
     run.claim(STAGE, {"spec": digest(spec.to_dict()), "layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec})
-    tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
-    write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder))
+    if not (run.dump / "target").is_dir():  # opened targets are proven to be the run's own
+        tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
+        write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder))
     plan = run.read_plan()
     needed = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
     chosen = [unit for unit in plan.select(numbers) if unit in needed]

@@ -49,8 +49,8 @@ class DraftBatch:
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """Storage dtype to torch, without a copy: uint16 holds the bits of bfloat16."""
-    tensor = torch.from_numpy(array)
+    """Storage dtype to torch: uint16 holds the bits of bfloat16. Copies only what is read-only (a mapped file)."""
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import ExportConfig
 from ..records import Summary, UserError
+from ..runs import atomic_folder
 from .model import DraftHead
 from .settings import DraftSettings
 from .trained import load_trained
@@ -35,18 +36,15 @@ def export(draft_folder: Path, target_folder: Path, config: ExportConfig) -> Sum
         "layers": list(trained.head.settings.layers),
         **trained.about,
     }
-    folder, aside = draft_folder / "export", draft_folder / ".export.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    write_export(
-        aside, trained.head, trained.vocabulary, export_config(trained.head.settings, config.dtype, special_ids, about), trained.aux_scale
-    )
-    for name in TOKENIZER_FILES:
-        if (target_folder / name).is_file():
-            shutil.copyfile(target_folder / name, aside / name)
-    read_export(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    folder = draft_folder / "export"
+    config_json = export_config(trained.head.settings, config.dtype, special_ids, about)
+    with atomic_folder(folder) as temporary:
+        write_export(temporary, trained.head, trained.vocabulary, config_json, trained.aux_scale)
+        for name in TOKENIZER_FILES:
+            if (target_folder / name).is_file():
+                shutil.copyfile(target_folder / name, temporary / name)
+        read_export(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier export gives way only now
     return {"folder": str(folder), "to": config.to, "dtype": config.dtype, "bytes": sum(path.stat().st_size for path in folder.iterdir())}
 
 

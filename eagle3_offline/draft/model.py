@@ -17,22 +17,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .settings import DraftSettings
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 (or fp64) as the serving engines do."""
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last axis; half precision is normed in fp32."""
 
     def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        super().__init__(width, eps=eps)
 
 
 class Rotary:
-    """The target's own rotary embedding (every rope type that transformers knows). No module: never cast, never saved."""
+    """The target's own rotary embedding, as a table over positions. No module: never cast, never saved."""
 
     def __init__(self, settings: DraftSettings):
         self._embedding = LlamaRotaryEmbedding(
@@ -44,14 +37,21 @@ class Rotary:
                 rope_parameters=settings.rope_parameters,
             )
         )
+        self._cos = self._sin = torch.empty(0)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [n, heads, d] to positions [n]."""
-        self._embedding.to(x.device)
-        cos, sin = self._embedding(torch.empty(0, device=x.device), positions[None])  # [1, n, d] in fp32
-        cos, sin = (table[0, :, None, :].to(x.dtype) for table in (cos, sin))  # [n, 1, d]
+        self._grow(int(positions.max()) + 1 if len(positions) else 0, x)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [n, 1, d]
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    def _grow(self, length: int, like: Tensor) -> None:
+        """Tables of at least `length` positions in x's dtype and on its device: computed in fp32, then cast."""
+        if length > len(self._cos) or self._cos.dtype != like.dtype or self._cos.device != like.device:
+            positions = torch.arange(max(length, 2 * len(self._cos)), device=like.device)
+            cos, sin = self._embedding.to(like.device)(torch.empty(0, device=like.device), positions[None])  # [1, P, d]
+            self._cos, self._sin = cos[0].to(like.dtype), sin[0].to(like.dtype)
 
 
 class Attention(nn.Module):

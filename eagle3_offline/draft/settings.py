@@ -8,6 +8,9 @@ from typing import Any
 from ..records import UserError
 
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the sequence's length
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftSettings:
     """All that decides the draft's tensors and arithmetic. Rope, norms and head counts are the target's own."""
@@ -48,6 +51,8 @@ def draft_settings(target_config: dict[str, Any], layers: tuple[int, ...], draft
         "rope_theta": config.get("rope_theta", 10000.0),
         **(config.get("rope_scaling") or {}),
     }
+    if rope.get("rope_type", "default") not in ROPE_TYPES:
+        raise UserError(f"the target's rope_type is {rope['rope_type']!r}; supported so far are {', '.join(ROPE_TYPES)}")
     return DraftSettings(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],

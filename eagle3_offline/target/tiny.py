@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..machine import cpu_multiplies_bfloat16
 from ..records import UserError
-from ..runs import digest, write_json
-from .smollm2 import published_folder
+from ..runs import atomic_folder, digest, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def tiny_folder(
     source = {"settings": asdict(settings), "seed": seed, "data": digest([pairs, documents]), "python": platform.python_version()}
     folder = cache / f"tiny-llama-{digest(source)[:12]}"
     if not folder.is_dir():
-        with published_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             _make(temporary, pairs, documents, seed, settings, source, progress)
     return folder
 
@@ -103,7 +103,7 @@ def _make(
         "loss": round(loss, 4),
         "seconds": round(time.monotonic() - started, 1),
         "parameters": model.num_parameters(),
-        "bf16": cpu_has_bf16(),
+        "bf16": cpu_multiplies_bfloat16(),
     }
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -183,7 +183,7 @@ def train(
     model.train()
     losses: list[float] = []
     for step, batch in enumerate(_batches(tokenizer, pairs, documents, settings)):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_multiplies_bfloat16()):
             loss = model(input_ids=batch.clamp_min(0), labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -205,12 +205,6 @@ def rate_at(step: int, settings: TinySettings) -> float:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def cpu_has_bf16() -> bool:
-    """Whether bf16 matmuls are fast here; without the instruction they are slower than fp32."""
-    path = Path("/proc/cpuinfo")
-    return path.is_file() and "avx512_bf16" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _batches(tokenizer: PreTrainedTokenizerFast, pairs: Pairs, documents: list[str], settings: TinySettings) -> Iterator[torch.Tensor]:

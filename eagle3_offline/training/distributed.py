@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 
+from ..machine import cpu_multiplies_bfloat16
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,15 +50,8 @@ def all_sum(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def native_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 natively; elsewhere it is slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    try:
-        with open("/proc/cpuinfo") as handle:
-            flags = next((line for line in handle if line.startswith("flags")), "").split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    """Whether this machine multiplies bfloat16 natively."""
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_multiplies_bfloat16()
 
 
 def _free_port() -> int:
