@@ -42,14 +42,14 @@ def measure(
             hits[step.rows.cpu().numpy(), k] = (target_ids[logits[k].argmax(-1)] == step.predicted).cpu().numpy()
         totals.add_hits(sample.turns, turn_of_token(sample.turns, len(sample.input_ids)), hits)
         if teacher is not None:
-            _add_distances(totals, logits, batch, teacher(batch))
+            _add_distances(totals, logits, batch, teacher(batch), teacher.log_normaliser(batch.last))
     return totals
 
 
-def _add_distances(totals: HeldOut, logits: list[Tensor], batch: DraftBatch, teacher: TeacherRows) -> None:
+def _add_distances(totals: HeldOut, logits: list[Tensor], batch: DraftBatch, teacher: TeacherRows, log_normaliser: Tensor) -> None:
     for k, step in enumerate(batch.steps):
         z = teacher.logits[step.teacher]  # [n_k, D]
-        true = (z - teacher.log_normaliser[step.teacher, None]).exp()  # the target's mass on each draft token
+        true = (z - log_normaliser[step.teacher, None]).exp()  # the target's mass on each draft token
         log_q = logits[k].log_softmax(-1)
         log_p = z.log_softmax(-1)
         totals.acceptance[k] += float(torch.minimum(true, log_q.exp()).sum())
