@@ -75,11 +75,14 @@ def run_stage(
     run_folder: Path | None,
     as_json: bool,
     work: Callable[[Recipe, Run], Summary],
+    new: bool = False,
 ) -> None:
-    """Resolve the recipe, record it in the run folder, then work."""
+    """Resolve the recipe, record it in the run folder (which `new` may make), then work."""
 
     def recorded() -> Summary:
         resolved, run = opened(recipe, overrides, run_folder)
+        if not new and not run.folder.is_dir():
+            raise UserError(f"the run folder {run.folder} does not exist: run `prepare` first, or name another with --run")
         run.record(stage, to_yaml(resolved))
         return work(resolved, run)
 

@@ -24,4 +24,4 @@ def command(recipe, overrides, run_folder, as_json, target):
     from eagle3_offline import pipeline
 
     name = recipe or ("demo" if target == "smollm2" else "demo-tiny")
-    run_stage("demo", name, overrides, run_folder, as_json, lambda r, run: pipeline.demo(run, r))
+    run_stage("demo", name, overrides, run_folder, as_json, lambda r, run: pipeline.demo(run, r), new=True)

@@ -16,4 +16,4 @@ def command(recipe, overrides, run_folder, as_json):
     """
     from eagle3_offline.conversations.prepare import prepare
 
-    run_stage("prepare", recipe, overrides, run_folder, as_json, lambda r, run: prepare(run, r.prepare, r.max_rejected))
+    run_stage("prepare", recipe, overrides, run_folder, as_json, lambda r, run: prepare(run, r.prepare, r.max_rejected), new=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +58,6 @@ def fp32_weights(folder: Path, step: int) -> dict[str, Tensor]:
     """The fp32 master weights of a checkpoint, whatever ZeRO stage wrote it."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_name(step))
+    with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for the summary
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_name(step))
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

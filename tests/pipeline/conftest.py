@@ -57,6 +57,11 @@ def write_recipe(folder: Path, target: Path, rows: list[dict], **changes: dict) 
     return path
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment without the ranks that an earlier training left in it."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+
+
 class Cli:
     """The command line in this process (`stage`) or, to be killed, in one of its own (`start`)."""
 
@@ -75,7 +80,7 @@ class Cli:
     def start(self, *words: str, **environment: str) -> subprocess.Popen:
         """The stage in a process of its own."""
         command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        env = {**own_environment(), **environment}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
     def phase_one(self) -> None:

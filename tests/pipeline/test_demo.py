@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from .conftest import own_environment
+
 
 def demo(run, *more):
     command = [
@@ -23,7 +25,7 @@ def demo(run, *more):
         str(run),
         *more,
     ]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=own_environment())
 
 
 @pytest.fixture(scope="session")

@@ -118,11 +118,19 @@ def test_more_rejects_than_allowed_exit_with_3(random_target, tmp_path):
         (["regenerate", "--set", "target.layers=[2,2,4]"], "distinct boundary indices"),
         (["regenerate", "--set", "target.model=/nowhere"], "neither a local folder"),
         (["regenerate", "--units", "99"], "do not exist"),
-        (["train", "--run", "/nowhere/run"], "dump.json"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what_to_do(dumped, words, message):
     assert message in dumped.stage(*words, exit_code=2)
+
+
+def test_a_run_that_does_not_exist_is_not_made_by_a_later_stage(dumped, tmp_path):
+    cli = Cli(dumped.recipe, tmp_path / "none")
+    for words in (["regenerate"], ["dump-hidden"], ["store", "seal"], ["train"], ["evaluate"], ["export"]):
+        assert "run `prepare` first" in cli.stage(*words, exit_code=2)
+    assert not cli.run.exists()
+    cli.stage("prepare")
+    assert "dump.json" in cli.stage("train", exit_code=2)
 
 
 def test_a_target_with_colliding_layers_is_refused(dumped, random_target, tmp_path):

@@ -19,7 +19,7 @@ from eagle3_offline.draft.trained import load_trained
 from eagle3_offline.runs import EXIT_STOPPED, Run
 from eagle3_offline.training.metrics import read_metrics
 
-from .conftest import Cli, write_recipe
+from .conftest import Cli, own_environment, write_recipe
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_target_is_not_opened_and_sglang_not_imported(dumped, tmp_path, rand
         f"print(train(Run({str(run)!r}), load_recipe({str(recipe)!r}, ('train.total_steps=2',)), StopSignal()))\n"
         "assert 'eagle3_offline.target.transformers_engine' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, env=own_environment())
     assert done.returncode == 0, done.stderr
 
 
@@ -112,7 +112,9 @@ def test_two_ranks_give_the_losses_of_one(trained, copied):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
-        copied.start("train", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        copied.start(
+            "train", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"
+        )
         for rank in (0, 1)
     ]
     outputs = [process.communicate(timeout=240)[0] for process in ranks]

@@ -59,24 +59,6 @@ def test_a_converted_folder_is_found_again_without_work(tmp_path, monkeypatch):
     assert smollm2.smollm2_folder(tmp_path) == folder
 
 
-def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), smollm2.published_folder(tmp_path / "model") as temporary:
-        (temporary / "half").touch()
-        raise RuntimeError("killed")
-    assert list(tmp_path.iterdir()) == []
-    with smollm2.published_folder(tmp_path / "model") as temporary:
-        (temporary / "whole").touch()
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["whole"]
-
-
-def test_the_first_of_two_publishers_wins(tmp_path):
-    with smollm2.published_folder(tmp_path / "model") as slow:
-        (slow / "slow").touch()
-        with smollm2.published_folder(tmp_path / "model") as fast:
-            (fast / "fast").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["model", "fast"]
-
-
 # -- the tiny target
 
 

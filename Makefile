@@ -1,0 +1,32 @@
+# make demo [TARGET=tiny]   the whole job on this machine, with a report
+# make test                 everything that this machine can run
+PYTHON ?= python3
+TARGET ?= smollm2
+VENV := .venv
+PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/eagle3-offline demo --target $(TARGET)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	touch $@
