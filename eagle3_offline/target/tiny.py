@@ -48,9 +48,9 @@ class TinySettings:
     initializer_range: float = 0.05  # standard deviation of new weights; Llama has 0.02
     row_tokens: int = 256  # T of a training row
     batch_rows: int = 4  # B
-    answers: int = 256  # so many of the pairs are learnt, chosen by hash: as many as stick in the time
+    answers: int = 192  # so many of the pairs are learnt, chosen by hash: as many as stick in the time
     document_steps: int = 40  # first on plain documents, to learn the language
-    pair_steps: int = 560  # then on questions and answers
+    pair_steps: int = 500  # then on questions and answers
     learning_rate: float = 3e-3  # peak; 20 steps of warm-up, then a cosine to a tenth
     warmup_steps: int = 20
 
