@@ -18,12 +18,12 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP) --editable .
 	touch $@
 

@@ -246,7 +246,8 @@ class Run:
         for number, unit in enumerate(units):
             if unit.unit != number or unit.split not in SPLITS:
                 raise UserError(
-                    f"{self.plan_path}: entry {number} is unit {unit.unit} of split {unit.split!r}; expected units in order, split train or eval"
+                    f"{self.plan_path}: entry {number} is unit {unit.unit} of split {unit.split!r}; "
+                    "expected units in order, of split train or eval"
                 )
         return Plan(units, value["limits"])
 

@@ -37,8 +37,8 @@ FORMS = (
 # Plain modules whose sources show a tiny model what code looks like: about 1 MB together.
 SOURCES = (
     "argparse", "ast", "calendar", "collections/__init__", "configparser", "csv", "dataclasses", "datetime", "difflib", "enum", "fractions",
-    "functools", "heapq", "inspect", "json/encoder", "logging/__init__", "os", "pathlib", "random", "shutil", "statistics", "string", "tarfile",
-    "tempfile", "textwrap", "threading", "typing", "unittest/case", "urllib/parse", "zipfile",
+    "functools", "heapq", "inspect", "json/encoder", "logging/__init__", "os", "pathlib", "random", "shutil", "statistics", "string",
+    "tarfile", "tempfile", "textwrap", "threading", "typing", "unittest/case", "urllib/parse", "zipfile",
 )  # fmt: skip
 
 ANSWER_CHARACTERS = 200  # a short answer: at most about 60 tokens

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..records import UserError
 
-
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the sequence's length
 
 

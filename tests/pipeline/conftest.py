@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from eagle3_offline.stages.cli import main
 
 SUBJECTS = ["lists", "dicts", "sets", "tuples", "strings", "files", "loops", "errors", "types", "tests"]

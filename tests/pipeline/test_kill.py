@@ -8,7 +8,7 @@ import sys
 from eagle3_offline.runs import Run, read_json
 from eagle3_offline.training.metrics import read_metrics
 
-from .conftest import conversations, own_environment, write_recipe
+from .conftest import conversations, write_recipe
 
 KILLS = 4  # `make soak` of a later issue raises it
 DEMO = """

@@ -1,6 +1,7 @@
 """A plain install outside the checkout works, and brings configs/ and slurm/ along."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
 def test_a_plain_install_outside_the_checkout(tmp_path):
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(ROOT)]
+    for name in ("eagle3_offline", "stages", "configs", "slurm"):  # a copy: setuptools leaves build/ where it builds
+        shutil.copytree(ROOT / name, tmp_path / "source" / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(tmp_path / "source")]
     subprocess.run(pip, check=True, cwd=tmp_path)
     code = (
         "import eagle3_offline, json; from eagle3_offline.config import packaged, load_recipe\n"
