@@ -52,14 +52,12 @@ def _target(run: Run, recipe: Recipe) -> OpenTarget:
 # One function per stage
 
 
-def regenerate_units(run: Run, recipe: Recipe, units: list[int] | None) -> Summary:
-    with StopSignal() as stop:
-        return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop)
+def regenerate_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:
+    return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop)
 
 
-def dump_units(run: Run, recipe: Recipe, units: list[int] | None) -> Summary:
-    with StopSignal() as stop:
-        return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
+def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:
+    return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
 
 
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
@@ -89,17 +87,11 @@ def status(run: Run) -> Summary:
     }
 
 
-def train_draft(run: Run, recipe: Recipe) -> Summary:
-    with StopSignal() as stop:
-        return train(run, recipe, stop)
-
-
-def evaluate(run: Run, recipe: Recipe) -> Summary:
+def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """The walk, and with evaluate.decode_rows the decoding."""
     summary = {"held_out": simulate(run, recipe.train.draft, recipe.evaluate)}
     if recipe.evaluate.decode_rows:
-        with StopSignal() as stop:
-            summary["decoded"] = decode(run, recipe, target_folder(recipe.target), stop)
+        summary["decoded"] = decode(run, recipe, target_folder(recipe.target), stop)
     return summary
 
 
@@ -110,8 +102,8 @@ def evaluate(run: Run, recipe: Recipe) -> Summary:
 class Demo:
     """All stages of one run, in order. What was made with other settings is made anew, what is there stays."""
 
-    def __init__(self, run: Run, recipe: Recipe):
-        self.run, self.recipe = run, recipe
+    def __init__(self, run: Run, recipe: Recipe, stop: StopSignal):
+        self.run, self.recipe, self.stop = run, recipe, stop
         self.draft = run.draft(recipe.train.draft)
         self.timings_path = run.folder / "timings.json"
         self.summaries: dict[str, Summary] = {}
@@ -122,9 +114,9 @@ class Demo:
         return [
             ("target", lambda: {"folder": str(target_folder(recipe.target))}, []),
             ("prepare", lambda: prepare(run, recipe.prepare, recipe.max_rejected), [folder / "conversations", run.plan_path]),
-            ("regenerate", lambda: regenerate_units(run, recipe, None), [folder / "tokens", folder / "regenerated"]),
+            ("regenerate", lambda: regenerate_units(run, recipe, None, self.stop), [folder / "tokens", folder / "regenerated"]),
             ("dump-hidden", self._dump, [run.dump]),
-            ("train", lambda: train_draft(run, recipe), [self.draft / "checkpoints", self.draft / "weights.safetensors"]),
+            ("train", lambda: train(run, recipe, self.stop), [self.draft / "checkpoints", self.draft / "weights.safetensors"]),
             ("evaluate", lambda: simulate(run, recipe.train.draft, recipe.evaluate), [self.draft / "held_out.json"]),
             ("export", lambda: export(self.draft, run.dump / "target", recipe.export), [self.draft / "export"]),
             ("decode", self._decode, [self.draft / "decoded.json"]),
@@ -133,6 +125,7 @@ class Demo:
     def perform(self) -> None:
         """Run every stage, keeping the seconds that each took over all attempts."""
         for name, work, _ in self.stages():
+            self.stop.check()
             print(f"== {name}", flush=True)
             started = time.monotonic()
             summary: Summary = {}
@@ -143,12 +136,11 @@ class Demo:
             self.summaries[name] = summary
 
     def _dump(self) -> Summary:
-        dump_units(self.run, self.recipe, None)
+        dump_units(self.run, self.recipe, None, self.stop)
         return seal(self.run, self.recipe)
 
     def _decode(self) -> Summary:
-        with StopSignal() as stop:
-            return decode(self.run, self.recipe, target_folder(self.recipe.target), stop)
+        return decode(self.run, self.recipe, target_folder(self.recipe.target), self.stop)
 
     def _with_fresh_settings(self, name: str, work: Callable[[], Summary]) -> Summary:
         try:
@@ -233,9 +225,9 @@ def _bytes(paths: list[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def demo(run: Run, recipe: Recipe) -> Summary:
+def demo(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """Run the whole job; write report.json and report.html. Raises CheckFailed when a check does not hold."""
-    whole = Demo(run, recipe)
+    whole = Demo(run, recipe, stop)
     whole.perform()
     report = whole.report()
     write_json(run.folder / "report.json", report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 
 from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
 from eagle3_offline.records import CheckFailed, Stopped, Summary, TooManyRejected, UserError
-from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, parse_units
+from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, StopSignal, parse_units
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # they say what is wrong; a traceback would bury it
 EXIT_HELP = "Exit codes: 0 done; 2 usage or configuration; 3 too many rows rejected; 85 stopped by a signal, run again to go on."
@@ -74,19 +75,24 @@ def run_stage(
     overrides: tuple[str, ...],
     run_folder: Path | None,
     as_json: bool,
-    work: Callable[[Recipe, Run], Summary],
+    work: Callable[[Recipe, Run, StopSignal], Summary],
     new: bool = False,
 ) -> None:
-    """Resolve the recipe, record it in the run folder (which `new` may make), then work."""
+    """Resolve the recipe, record it in the run folder (which `new` may make), then work.
+
+    Signals are caught from here on: `work` imports what is slow to import itself, so that an early one is not lost.
+    """
 
     def recorded() -> Summary:
         resolved, run = opened(recipe, overrides, run_folder)
         if not new and not run.folder.is_dir():
             raise UserError(f"the run folder {run.folder} does not exist: run `prepare` first, or name another with --run")
         run.record(stage, to_yaml(resolved))
-        return work(resolved, run)
+        return work(resolved, run, stop)
 
-    finish(stage, as_json, recorded)
+    with StopSignal() as stop:
+        finish(stage, as_json, recorded)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning to a stage that is done
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -21,7 +21,11 @@ def command(recipe, overrides, run_folder, as_json, target):
 
     A second run redoes only what changed; a demo that was killed goes on where it stopped. The page is runs/demo/report.html.
     """
-    from eagle3_offline import pipeline
+
+    def work(r, run, stop):
+        from eagle3_offline import pipeline
+
+        return pipeline.demo(run, r, stop)
 
     name = recipe or ("demo" if target == "smollm2" else "demo-tiny")
-    run_stage("demo", name, overrides, run_folder, as_json, lambda r, run: pipeline.demo(run, r), new=True)
+    run_stage("demo", name, overrides, run_folder, as_json, work, new=True)

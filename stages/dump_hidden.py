@@ -15,6 +15,10 @@ def command(recipe, overrides, run_folder, units, as_json):
 
     Sealed parts are skipped. When all units are dumped, `eagle3-offline store seal` makes them one dump.
     """
-    from eagle3_offline import pipeline
 
-    run_stage("dump-hidden", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.dump_units(run, r, parse_units(units)))
+    def work(r, run, stop):
+        from eagle3_offline import pipeline
+
+        return pipeline.dump_units(run, r, parse_units(units), stop)
+
+    run_stage("dump-hidden", recipe, overrides, run_folder, as_json, work)

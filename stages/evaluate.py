@@ -15,6 +15,10 @@ def command(recipe, overrides, run_folder, as_json):
     With evaluate.decode_rows above 0, also decode that many held-out prompts with the exported draft and the target in fp32,
     speculatively and plainly.
     """
-    from eagle3_offline import pipeline
 
-    run_stage("evaluate", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.evaluate(run, r))
+    def work(r, run, stop):
+        from eagle3_offline import pipeline
+
+        return pipeline.evaluate(run, r, stop)
+
+    run_stage("evaluate", recipe, overrides, run_folder, as_json, work)

@@ -11,8 +11,10 @@ from .common import run_stage, sections, with_recipe
 @with_recipe
 def command(recipe, overrides, run_folder, as_json):
     """Write drafts/DRAFT/export: config.json, model.safetensors and the target's tokenizer, and load it back."""
-    from eagle3_offline.draft.export import export
 
-    run_stage(
-        "export", recipe, overrides, run_folder, as_json, lambda r, run: export(run.draft(r.train.draft), run.dump / "target", r.export)
-    )
+    def work(r, run, stop):
+        from eagle3_offline.draft.export import export
+
+        return export(run.draft(r.train.draft), run.dump / "target", r.export)
+
+    run_stage("export", recipe, overrides, run_folder, as_json, work)

@@ -14,6 +14,10 @@ def command(recipe, overrides, run_folder, as_json):
 
     Rows that are no conversation go to errors/prepare/ with file, line and reason; the others go on.
     """
-    from eagle3_offline.conversations.prepare import prepare
 
-    run_stage("prepare", recipe, overrides, run_folder, as_json, lambda r, run: prepare(run, r.prepare, r.max_rejected), new=True)
+    def work(r, run, stop):
+        from eagle3_offline.conversations.prepare import prepare
+
+        return prepare(run, r.prepare, r.max_rejected)
+
+    run_stage("prepare", recipe, overrides, run_folder, as_json, work, new=True)

@@ -15,6 +15,10 @@ def command(recipe, overrides, run_folder, units, as_json):
 
     Finished units are skipped, so a re-run goes on where it stopped. Rows that could not be answered go to errors/regenerate/.
     """
-    from eagle3_offline import pipeline
 
-    run_stage("regenerate", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.regenerate_units(run, r, parse_units(units)))
+    def work(r, run, stop):
+        from eagle3_offline import pipeline
+
+        return pipeline.regenerate_units(run, r, parse_units(units), stop)
+
+    run_stage("regenerate", recipe, overrides, run_folder, as_json, work)

@@ -17,9 +17,13 @@ def command():
 @click.option("--allow-partial", is_flag=True, help="Seal although rows are missing; the manifest names them.")
 def seal(recipe, overrides, run_folder, as_json, allow_partial):
     """Join the parts of all units into one dump: write its row table, statistics and manifest."""
-    from eagle3_offline import pipeline
 
-    run_stage("store seal", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.seal(run, r, allow_partial))
+    def work(r, run, _stop):
+        from eagle3_offline import pipeline
+
+        return pipeline.seal(run, r, allow_partial)
+
+    run_stage("store seal", recipe, overrides, run_folder, as_json, work)
 
 
 @command.command("verify")

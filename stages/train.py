@@ -15,6 +15,10 @@ def command(recipe, overrides, run_folder, as_json):
     Goes on from the newest checkpoint. SIGTERM or SIGUSR1: a checkpoint at the next step, then exit code 85.
     Several ranks: start it with torchrun, the deepspeed launcher or srun.
     """
-    from eagle3_offline import pipeline
 
-    run_stage("train", recipe, overrides, run_folder, as_json, lambda r, run: pipeline.train_draft(run, r))
+    def work(r, run, stop):
+        from eagle3_offline.training.loop import train
+
+        return train(run, r, stop)
+
+    run_stage("train", recipe, overrides, run_folder, as_json, work)

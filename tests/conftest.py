@@ -57,3 +57,14 @@ def random_target(tmp_path_factory) -> Path:
     model.generation_config = GenerationConfig(**ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dumped(random_target, tmp_path_factory):
+    """A run (small_runs.Cli) with a sealed dump of 30 rows. Shared: tests copy it before they change it."""
+    from .small_runs import Cli, conversations, write_recipe
+
+    folder = tmp_path_factory.mktemp("dumped")
+    cli = Cli(write_recipe(folder, random_target, conversations(30)), folder / "run")
+    cli.phase_one()
+    return cli

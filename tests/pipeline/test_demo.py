@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from .conftest import own_environment
+from ..small_runs import own_environment
 
 
 def demo(run, *more):

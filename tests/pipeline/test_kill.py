@@ -8,22 +8,22 @@ import sys
 from eagle3_offline.runs import Run, read_json
 from eagle3_offline.training.metrics import read_metrics
 
-from .conftest import conversations, write_recipe
+from ..small_runs import conversations, own_environment, write_recipe
 
 KILLS = 4  # `make soak` of a later issue raises it
 DEMO = """
 import sys
 from eagle3_offline.config import load_recipe
 from eagle3_offline.pipeline import Demo
-from eagle3_offline.runs import Run
-Demo(Run(sys.argv[2]), load_recipe(sys.argv[1])).perform()
+from eagle3_offline.runs import Run, StopSignal
+with StopSignal() as stop:
+    Demo(Run(sys.argv[2]), load_recipe(sys.argv[1]), stop).perform()
 """
 
 
 def start(recipe, run):
-    return subprocess.Popen(
-        [sys.executable, "-c", DEMO, str(recipe), str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-c", DEMO, str(recipe), str(run)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own_environment())
 
 
 def outcome(folder):

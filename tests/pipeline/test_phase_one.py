@@ -10,7 +10,7 @@ from eagle3_offline.conversations.token_rows import read_token_rows
 from eagle3_offline.runs import Run
 from eagle3_offline.store.reader import Dump
 
-from .conftest import Cli, conversations, write_recipe
+from ..small_runs import Cli, conversations, write_recipe
 
 
 def test_counts_add_up_and_every_row_is_there(dumped):

@@ -19,7 +19,7 @@ from eagle3_offline.draft.trained import load_trained
 from eagle3_offline.runs import EXIT_STOPPED, Run
 from eagle3_offline.training.metrics import read_metrics
 
-from .conftest import Cli, own_environment, write_recipe
+from ..small_runs import Cli, own_environment, write_recipe
 
 
 @pytest.fixture

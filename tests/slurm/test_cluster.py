@@ -1,5 +1,6 @@
 """Each script submitted for real, to a throw-away Slurm on this machine."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from eagle3_offline.runs import Run, read_json
 from eagle3_offline.training.metrics import read_metrics
 
-from ..pipeline.conftest import Cli, conversations, own_environment, write_recipe
+from ..small_runs import Cli, conversations, own_environment, write_recipe
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = Path(__file__).with_name("sandbox.sh")
@@ -96,6 +97,22 @@ def test_one_failed_unit_is_submitted_again_alone(cluster, folder, random_target
 def test_exit_codes_reach_slurm(cluster, folder, random_target, tmp_path):
     cli = Cli(write_recipe(tmp_path, random_target, conversations(4)), tmp_path / "run")
     assert wait(cluster, submit(cluster, "train.sh", cli, "--ntasks=1", folder=folder)) == {("FAILED", "2:0")}, logs(folder)
+
+
+def test_slurms_warning_saves_and_exits_with_85(cluster, folder, dumped, tmp_path):
+    shutil.copytree(dumped.run, tmp_path / "run")
+    endless = {**json.loads(dumped.recipe.read_text())}
+    endless["train"]["total_steps"] = 1_000_000
+    (tmp_path / "recipe.yaml").write_text(json.dumps(endless))
+    cli = Cli(tmp_path / "recipe.yaml", tmp_path / "run")
+    job = submit(cluster, "train.sh", cli, "--ntasks=1", folder=folder)
+    draft = Run(cli.run).draft("draft")
+    deadline = time.monotonic() + 90
+    while not (draft / "metrics.csv").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)  # as --signal=USR1@300 does before the time limit
+    assert wait(cluster, job) == {("FAILED", "85:0")}, logs(folder)
+    assert list((draft / "checkpoints").glob("step-*"))
 
 
 def logs(folder: Path) -> str:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 from eagle3_offline.stages.cli import main
 
@@ -85,12 +84,3 @@ class Cli:
     def phase_one(self) -> None:
         for words in (["prepare"], ["regenerate"], ["dump-hidden"], ["store", "seal"]):
             self.stage(*words)
-
-
-@pytest.fixture(scope="session")
-def dumped(random_target, tmp_path_factory) -> Cli:
-    """A run with a sealed dump of 30 rows. Shared: tests copy it before they change it."""
-    folder = tmp_path_factory.mktemp("dumped")
-    cli = Cli(write_recipe(folder, random_target, conversations(30)), folder / "run")
-    cli.phase_one()
-    return cli
