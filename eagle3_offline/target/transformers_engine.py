@@ -9,12 +9,16 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..records import UserError
 from .engine import Completion, Request, Sampling, States
@@ -31,6 +35,8 @@ class TransformersEngine:
         transformers.utils.logging.disable_progress_bar()  # the stages show their own
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        if model.config._attn_implementation == "sdpa":
+            use_grouped_attention(model)
         self.model = model.eval().to(self.device)
         self.layers = layers
         self.dtype = dtype
@@ -81,6 +87,24 @@ class TransformersEngine:
             aux = {b: to_storage(captured[b][n, :length]) for b in self.layers}
             states.append(States(aux, to_storage(out.last_hidden_state[n, :length])))
         return states
+
+
+def use_grouped_attention(model: torch.nn.Module) -> None:
+    """Let decoding steps attend without copying the keys and values of each group of heads: on a CPU that copy is most of a step."""
+    AttentionInterface.register("grouped_sdpa", grouped_attention)
+    AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+    model.set_attn_implementation("grouped_sdpa")
+
+
+def grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention; for single queries [B, h, 1, d] the heads of a group become the query rows of their key head."""
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, kv, h / kv, d]
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
+    return out.flatten(1, 2)[:, None], None  # [B, 1, h, d]
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
