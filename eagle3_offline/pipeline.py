@@ -116,7 +116,11 @@ class Demo:
             ("prepare", lambda: prepare(run, recipe.prepare, recipe.max_rejected), [folder / "conversations", run.plan_path]),
             ("regenerate", lambda: regenerate_units(run, recipe, None, self.stop), [folder / "tokens", folder / "regenerated"]),
             ("dump-hidden", self._dump, [run.dump]),
-            ("train", lambda: train(run, recipe, self.stop), [self.draft / "checkpoints", self.draft / "weights.safetensors"]),
+            (
+                "train",
+                lambda: train(run, recipe, self.stop),
+                [self.draft / name for name in ("draft.json", "checkpoints", "weights.safetensors")],
+            ),
             ("evaluate", lambda: simulate(run, recipe.train.draft, recipe.evaluate), [self.draft / "held_out.json"]),
             ("export", lambda: export(self.draft, run.dump / "target", recipe.export), [self.draft / "export"]),
             ("decode", self._decode, [self.draft / "decoded.json"]),

@@ -126,14 +126,18 @@ def continue_jsonl(path: Path, keep: Callable[[Any], bool] = lambda _: True) -> 
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    values = [value for line in lines if line.endswith("\n") and keep(value := json.loads(line))]
+    values = [value for line in _whole_lines(path) if keep(value := json.loads(line))]
     write_jsonl(path, values)
     return values
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end with a newline; str.splitlines would also cut at U+2028 and others, which JSON leaves inside a string."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

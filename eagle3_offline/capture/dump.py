@@ -79,8 +79,8 @@ def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Rec
                     rejects.append(Reject(str(error), id=row.id, retry=True))
                     part.reject(rejects[-1])
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
+        run.write_rejects(STAGE, unit.unit, rejects)  # first: a sealed part is skipped by a re-run
         part.seal()
-    run.write_rejects(STAGE, unit.unit, rejects)
 
 
 def token_batches(rows: list[TokenRow], limit: int) -> Iterator[list[TokenRow]]:

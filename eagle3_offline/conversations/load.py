@@ -83,6 +83,10 @@ def _problem(row: Any) -> str | None:
     """What is wrong with a raw row, None if nothing."""
     if not isinstance(row, dict):
         return f"the row is a {type(row).__name__}, expected an object with `conversations`"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return f"text that is not valid Unicode: {error.reason}"
     messages = row.get("conversations") or row.get("messages")
     if not messages:
         return "empty conversation: no `conversations` (or `messages`), or an empty list"

@@ -101,7 +101,8 @@ def _split(rows: list[Conversation], config: PrepareConfig) -> tuple[list[Conver
     if config.eval_rows is not None:
         held_out = set(list(dict.fromkeys(row.group for row in rows))[: config.eval_rows])
     else:
-        held_out = {row.group for row in rows if int(_hash(row.group)[:13], 16) / 16**13 < config.eval_share}
+        # not the hash that orders the rows: max_rows would then cut off the train rows first
+        held_out = {row.group for row in rows if int(_hash(f"split {row.group}")[:13], 16) / 16**13 < config.eval_share}
     return [row for row in rows if row.group not in held_out], [row for row in rows if row.group in held_out]
 
 

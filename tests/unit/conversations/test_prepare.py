@@ -31,6 +31,7 @@ BAD = [
     ({"id": "e5", "conversations": [{"role": "robot", "content": "x"}]}, "expected {"),
     ({"id": "e6", "conversations": [user("  ")]}, "is empty"),
     ({"id": "e7", "conversations": [user("a"), user("b")]}, "in turns"),
+    (b'{"id": "e8", "conversations": [{"role": "user", "content": "\\ud800"}]}\n', "not valid Unicode"),
     ({"id": "row-3", "conversations": [user("again")]}, "occurs twice"),
 ]
 
@@ -53,9 +54,9 @@ def test_bad_rows_are_rejected_with_their_place_and_the_others_go_on(tmp_path):
 def test_too_many_rejects_stop_the_stage_after_everything_is_written(tmp_path):
     source = write(tmp_path / "mixed.jsonl", GOOD + [bad for bad, _ in BAD])
     run = Run(tmp_path / "run")
-    with pytest.raises(TooManyRejected, match="11 of 31 rows were rejected"):
+    with pytest.raises(TooManyRejected, match="12 of 32 rows were rejected"):
         prepare(run, PrepareConfig(inputs=[source]), max_rejected=0.01)
-    assert run.plan_path.is_file() and len(run.read_rejects("prepare", None)) == 11
+    assert run.plan_path.is_file() and len(run.read_rejects("prepare", None)) == 12
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -117,3 +118,19 @@ def test_a_local_data_set(tmp_path):
 
     Dataset.from_list(GOOD).save_to_disk(tmp_path / "data")
     assert prepare(Run(tmp_path / "run"), PrepareConfig(inputs=[str(tmp_path / "data")]), 0.01)["done"] == 20
+
+
+def test_line_separators_inside_a_text_stay_inside(tmp_path):
+    """U+2028, U+2029 and U+0085 end a line for str.splitlines, not for JSON."""
+    text = "one\u2028two\u2029three\u0085four\x0bfive"
+    run = Run(tmp_path / "run")
+    rows = [{"id": "web", "conversations": [user(text)]}]
+    prepare(run, PrepareConfig(inputs=[write(tmp_path / "rows.jsonl", rows)], eval_share=0.0), 0.01)
+    assert read_unit(run, run.read_plan().units[0])[0].messages[0].content == text
+
+
+def test_max_rows_leaves_the_held_out_share_as_it_is(tmp_path):
+    rows = [{"id": f"r{i}", "conversations": [user(f"q{i}")]} for i in range(2000)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    summary = prepare(Run(tmp_path / "run"), PrepareConfig(inputs=[source], max_rows=400, eval_share=0.1), 0.01)
+    assert 20 <= summary["eval"] <= 60 and summary["train"] + summary["eval"] == 400
