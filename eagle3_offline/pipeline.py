@@ -91,7 +91,7 @@ def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """The walk, and with evaluate.decode_rows the decoding."""
     summary = {"held_out": simulate(run, recipe.train.draft, recipe.evaluate)}
     if recipe.evaluate.decode_rows:
-        summary["decoded"] = decode(run, recipe, target_folder(recipe.target), stop)
+        summary["decoded"] = decode(run, recipe, _target(run, recipe).folder, stop)
     return summary
 
 
@@ -144,7 +144,7 @@ class Demo:
         return seal(self.run, self.recipe)
 
     def _decode(self) -> Summary:
-        return decode(self.run, self.recipe, target_folder(self.recipe.target), self.stop)
+        return decode(self.run, self.recipe, _target(self.run, self.recipe).folder, self.stop)
 
     def _with_fresh_settings(self, name: str, work: Callable[[], Summary]) -> Summary:
         try:

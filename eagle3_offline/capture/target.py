@@ -44,13 +44,13 @@ def open_target(run: Run, config: TargetConfig, folder: Path) -> OpenTarget:
         dtype=target_dtype(config, folder),
         context=min(config.max_length, shape["max_position_embeddings"]),
         template=template,
-        fingerprint=_claim_fingerprint(run, config.model, folder, template.digest),
+        fingerprint=_claim_fingerprint(run, config, folder, template.digest),
         trust_remote_code=config.trust_remote_code,
     )
 
 
-def _claim_fingerprint(run: Run, model: str, folder: Path, template_digest: str) -> dict[str, Any]:
-    quick = {"model": model, **quick_fingerprint(folder, template_digest)}
+def _claim_fingerprint(run: Run, config: TargetConfig, folder: Path, template_digest: str) -> dict[str, Any]:
+    quick = {"model": config.model, "revision": config.revision, **quick_fingerprint(folder, template_digest)}
     try:
         known = run.claimed("target")
     except NotClaimed:

@@ -13,10 +13,10 @@ class ChainDrafter:
     """Drafts chains of tokens. Keys of drafted positions live for one chain only; those of true features stay."""
 
     def __init__(self, head: DraftHead, embed: Tensor, target_ids: Tensor):
-        """embed [V, H] is the target's table; target_ids [D] maps draft ids to the target's."""
+        """embed [V, H] is the target's table; target_ids [D] maps draft ids to the target's. All on one device."""
         self.head, self.embed, self.target_ids = head, embed, target_ids
         settings = head.settings
-        empty = torch.zeros(0, settings.num_key_value_heads, settings.head_dim, dtype=head.fc.weight.dtype)
+        empty = torch.zeros(0, settings.num_key_value_heads, settings.head_dim, dtype=head.fc.weight.dtype, device=embed.device)
         self.keys, self.values = empty, empty
         self._state: Tensor | None = None  # [1, H] recurrent state of the newest row
 
@@ -24,7 +24,7 @@ class ChainDrafter:
     def extend(self, aux: Tensor, tokens: Tensor) -> None:
         """Take in true features: row p pairs aux[p] [m, A] of verified tokens with the tokens [m] that follow them."""
         layer = self.head.midlayer
-        positions = torch.arange(len(self.keys), len(self.keys) + len(aux))
+        positions = torch.arange(len(self.keys), len(self.keys) + len(aux), device=aux.device)
         g = self.head.fc(aux.to(self.head.fc.weight.dtype))
         u = layer.mix(self.embed[tokens], g)
         key, value = layer.key_value(u, positions)
@@ -41,10 +41,10 @@ class ChainDrafter:
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
                 u = layer.mix(self.embed[token][None], g)
-                position = torch.tensor([row + step])
+                position = torch.tensor([row + step], device=g.device)
                 key, value = layer.key_value(u, position)
                 own_keys, own_values = [*own_keys, key], [*own_values, value]
-                attended = attend(layer.query(u, position), torch.tensor([row]), self.keys, self.values, own_keys, own_values)
+                attended = attend(layer.query(u, position), position - step, self.keys, self.values, own_keys, own_values)
                 g = layer.finish(g, attended)
             logits.append(self.head.logits(g)[0])
         return logits

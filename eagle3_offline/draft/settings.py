@@ -50,6 +50,8 @@ def draft_settings(target_config: dict[str, Any], layers: tuple[int, ...], draft
         "rope_theta": config.get("rope_theta", 10000.0),
         **(config.get("rope_scaling") or {}),
     }
+    if "type" in rope:  # as configs of transformers 4 spell it
+        rope = {"rope_type": rope["type"], **{key: value for key, value in rope.items() if key not in ("type", "rope_type")}}
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         raise UserError(f"the target's rope_type is {rope['rope_type']!r}; supported so far are {', '.join(ROPE_TYPES)}")
     return DraftSettings(

@@ -9,6 +9,7 @@ One verification step, chain of 3, root r (the newest token, its state not yet k
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from ..store.reader import Dump
 from ..target.engine import States
 from ..target.transformers_engine import TransformersEngine, boundary_inputs, decoder_layers
 from .ngram import common_prefix
-from .simulate import ngram_walk
+from .simulate import check_dump, ngram_walk
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Decoder:
     """The target in fp32 with a key/value cache, and the draft beside it."""
 
     def __init__(self, engine: TransformersEngine, head: DraftHead, target_ids: Tensor, chain: int, max_tokens: int):
-        self.engine, self.head, self.target_ids = engine, head, target_ids
+        self.engine, self.head, self.target_ids = engine, head.to(engine.device), target_ids.to(engine.device)
         self.chain, self.max_tokens = chain, max_tokens
         self.embed = engine.model.get_input_embeddings().weight.detach()
 
@@ -70,7 +71,7 @@ class Decoder:
         """The greedy answer, one token per forward pass."""
         cache, answer, ids = DynamicCache(), [], prompt
         while not self._over(answer):
-            out = self.engine.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.engine.model(input_ids=self._ids([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
             answer.append(int(out.logits[0, -1].argmax()))
             ids = answer[-1:]
         return answer
@@ -83,7 +84,7 @@ class Decoder:
         answer, steps = [int(argmax[-1])], []
         tokens = [*prompt[1:], answer[0]]  # row p pairs the feature of token p with token p + 1
         while not self._over(answer):
-            drafter.extend(aux, torch.tensor(tokens))
+            drafter.extend(aux, self._ids(tokens))
             drafted = drafter.draft(self.chain)
             argmax, aux = self._read([answer[-1], *drafted], cache)
             accepted = common_prefix(drafted, argmax[:-1].tolist())
@@ -97,8 +98,11 @@ class Decoder:
     def _read(self, ids: list[int], cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """The target's argmax [n] and captured states [n, A] at these new tokens."""
         with boundary_inputs(decoder_layers(self.engine.model), self.engine.layers) as captured:
-            out = self.engine.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            out = self.engine.model(input_ids=self._ids([ids]), past_key_values=cache, use_cache=True)
         return out.logits[0].argmax(-1), torch.cat([captured[b][0] for b in self.engine.layers], dim=-1)
+
+    def _ids(self, ids: list) -> Tensor:
+        return torch.tensor(ids, device=self.engine.device)
 
     def _over(self, answer: list[int]) -> bool:
         return bool(answer) and (answer[-1] in self.engine.end_ids or len(answer) >= self.max_tokens)
@@ -124,7 +128,15 @@ def decode(run: Run, recipe: Recipe, target_folder: Path, stop: StopSignal) -> S
     dump = Dump.open(run.dump)
     rows = dump.rows("eval")[: config.decode_rows]
     trained = load_trained(folder)
-    key = {"draft": digest(trained.about), "chain": config.chain, "rows": len(rows), "max_tokens": recipe.regenerate.max_tokens}
+    check_dump(trained, dump)
+    key = {
+        "dump": dump.manifest["digest"],
+        "export": [_sha256(folder / "export" / name) for name in ("config.json", "model.safetensors")],
+        "chain": config.chain,
+        "ngram": config.ngram,
+        "rows": len(rows),
+        "max_tokens": recipe.regenerate.max_tokens,
+    }
     result = folder / "decoded.json"
     if result.is_file() and (known := read_json(result))["key"] == key:
         return known["summary"]
@@ -136,6 +148,11 @@ def decode(run: Run, recipe: Recipe, target_folder: Path, stop: StopSignal) -> S
     summary["ngram_tau"] = ngram_walk(dump, ngram_rows, config).tau
     write_json(result, {"key": key, "summary": summary, "answers": [asdict(d) for d in decoded]})
     return summary
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _decode_rows(decoder: Decoder, dump: Dump, rows: np.ndarray, path: Path, stop: StopSignal) -> list[Decoded]:
@@ -189,5 +206,7 @@ def _walk(engine: TransformersEngine, decoded: list[Decoded], trained: TrainedDr
             yield Sample(d.id, ids, ((len(d.prompt), len(ids)),), states.aux, states.last, np.arange(len(ids)))
 
     embed = engine.model.get_input_embeddings().weight.detach()
-    result = measure(trained.head, samples(), embed=embed, target_ids=trained.target_ids, chain=chain, aux_scale=trained.aux_scale)
+    result = measure(
+        trained.head.to(engine.device), samples(), embed=embed, target_ids=trained.target_ids, chain=chain, aux_scale=trained.aux_scale
+    )
     return {"walk_tau": result.walk.tau, "first_root_hit": result.summary()["first_root_hit"]}

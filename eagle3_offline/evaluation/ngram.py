@@ -25,7 +25,7 @@ class NgramLookup:
                 break
             total += len(answer)
             self._answers.append(answer.tolist())
-            _index(self._index, self._answers[-1], longest, len(self._answers) - 1, 0)
+            _index(self._index, self._answers[-1][:-1], longest, len(self._answers) - 1, 0)  # nothing follows an answer's end
 
     def walk(self, input_ids: np.ndarray, turns: tuple[tuple[int, int], ...], chain: int) -> WalkCount:
         """Walk a conversation's answers with chains of the lookup's proposals."""

@@ -7,7 +7,7 @@ from ..draft.batch import to_torch
 from ..draft.held_out import measure
 from ..draft.measures import WalkCount
 from ..draft.teacher import Teacher
-from ..draft.trained import load_trained
+from ..draft.trained import TrainedDraft, load_trained
 from ..progress import StageProgress
 from ..records import Summary, UserError
 from ..runs import Run, read_json, write_json
@@ -20,6 +20,7 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
     folder = run.draft(draft)
     trained = load_trained(folder)
     dump = Dump.open(run.dump)
+    check_dump(trained, dump)
     rows = dump.rows("eval")[: config.rows]
     if not len(rows):
         raise UserError(f"{run.dump} holds no held-out rows: prepare with eval_share, eval_rows or eval_inputs")
@@ -27,8 +28,6 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
     path = folder / "held_out.json"
     if path.is_file() and (known := read_json(path))["key"] == key:
         return known["summary"]
-    if trained.about["dump"] != dump.manifest["digest"]:
-        raise UserError(f"drafts/{draft} was trained on the dump {trained.about['dump']}, {run.dump} is now {dump.manifest['digest']}")
     target = {name: to_torch(array) for name, array in dump.target_tensors().items()}
     with StageProgress("evaluate", len(rows)) as progress:
 
@@ -49,6 +48,14 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
     }
     write_json(path, {"key": key, "summary": summary})
     return summary
+
+
+def check_dump(trained: TrainedDraft, dump: Dump) -> None:
+    """Raise UserError where the draft was trained on another dump: its held-out rows may be those that this draft saw."""
+    if trained.about["dump"] != dump.manifest["digest"]:
+        raise UserError(
+            f"the draft was trained on the dump {trained.about['dump']}, {dump.path} is now {dump.manifest['digest']}: train it again"
+        )
 
 
 def ngram_walk(dump: Dump, rows: list, config: EvaluateConfig) -> WalkCount:

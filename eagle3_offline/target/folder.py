@@ -59,6 +59,7 @@ def quick_fingerprint(folder: Path, chat_template_digest: str) -> dict[str, Any]
     """What tells one target from another without reading its weights: hashes of small files, names and sizes of large ones."""
     return {
         "config": _sha256(folder / "config.json"),
+        "generation_config": _sha256(folder / "generation_config.json"),  # it names the ids that end an answer
         "tokenizer": _sha256(folder / "tokenizer.json"),
         "chat_template": chat_template_digest,
         "weight_files": {path.name: path.stat().st_size for path in _weight_files(folder)},

@@ -60,8 +60,11 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
 
 def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     """What a draft's weights depend on."""
-    watching = ("eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout")
-    return {**{k: v for k, v in dataclasses.asdict(recipe.train).items() if k not in watching}, "dump": source.dump.manifest["digest"]}
+    config = recipe.train
+    left_out = ("eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout", "dtype", "deepspeed")
+    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    resolved = {"bfloat16": _bfloat16(config), "deepspeed": _deepspeed_json(config)}  # what `auto` and a file's name stand for here
+    return {**chosen, **resolved, "dump": source.dump.manifest["digest"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,21 +95,32 @@ def rate(step: int, config: TrainConfig) -> float:
     return config.final_ratio + (1 - config.final_ratio) * fall
 
 
-def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+def _bfloat16(config: TrainConfig) -> bool:
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
+
+
+def _deepspeed_json(config: TrainConfig) -> dict[str, Any]:
     path = Path(config.deepspeed) if config.deepspeed.endswith(".json") else packaged("configs") / f"deepspeed_{config.deepspeed}.json"
     if not path.is_file():
         raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
+    value = json.loads(path.read_text(encoding="utf-8"))
+    stage = value.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(f"{path} asks for ZeRO stage {stage}; expected 1, 2 or 3: the fp32 weights are read from ZeRO's checkpoints")
+    return value
+
+
+def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
     if config.batch_size % (world * config.micro_batch_size):
         raise UserError(
             f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}"
         )
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
     return {
-        **json.loads(path.read_text(encoding="utf-8")),
+        **_deepspeed_json(config),
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_clipping": config.clip,
-        "bf16": {"enabled": bfloat16},
+        "bf16": {"enabled": _bfloat16(config)},
         "steps_per_print": 2**62,
     }
 
@@ -141,8 +155,8 @@ def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
             if last or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(training, done, metrics)
             if last or stopping or done % config.checkpoint_every == 0:
-                checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
                 _write_seconds(folder, done, seconds, ranks)
+                checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
             if stopping and not last:
                 raise Stopped(
                     f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on"
@@ -154,6 +168,7 @@ def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
     """One optimiser step over the global batch. Returns the loss, each unroll step's cross-entropy, the rate and the gradient norm."""
     config, engine, ranks = training.config, training.engine, training.ranks
     denominator = all_sum(denominators(micro, config.normalisation), ranks)
+    learning_rate = engine.get_lr()[0]  # of this step; step() sets the next one's
     parts = torch.zeros(1 + config.ttt_length, dtype=torch.float64)
     for batch in (batch.to(ranks.device) for batch in micro):
         logits = engine(batch, training.source.embed, config.ttt_length)
@@ -165,7 +180,7 @@ def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
         parts += torch.cat((loss.detach()[None], per_step)).double().cpu()
     loss_value, *entropies = all_sum(parts, ranks).tolist()
     values = {"loss": loss_value, **{f"ce_{k}": value for k, value in enumerate(entropies)}}
-    return {**values, "learning_rate": engine.get_lr()[0], "gradient_norm": float(engine.get_global_grad_norm())}
+    return {**values, "learning_rate": learning_rate, "gradient_norm": float(engine.get_global_grad_norm())}
 
 
 def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
@@ -205,4 +220,5 @@ def _read_seconds(folder: Path, step: int) -> float:
 
 def _write_seconds(folder: Path, step: int, seconds: float, ranks: Ranks) -> None:
     if ranks.rank == 0:
-        write_json(folder / "checkpoints" / "seconds.json", {str(step): seconds})
+        path = folder / "checkpoints" / "seconds.json"
+        write_json(path, {**(read_json(path) if path.is_file() else {}), str(step): seconds})

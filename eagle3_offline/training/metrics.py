@@ -14,6 +14,8 @@ class Metrics:
 
     def __init__(self, folder: Path, resumed_step: int):
         self.steps, self.held_out = folder / "metrics.csv", folder / "held_out.jsonl"
+        if self.steps.is_file() and self.steps.stat().st_size == 0:
+            self.steps.unlink()  # a kill before the first line
         if self.steps.is_file():
             header, *lines = self.steps.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.steps, "".join([header, *lines[:resumed_step]]))

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eagle3_offline.config import load_recipe
 from eagle3_offline.draft.export import read_export
 from eagle3_offline.draft.trained import load_trained
 from eagle3_offline.runs import EXIT_STOPPED, Run
+from eagle3_offline.training.loop import rate
 from eagle3_offline.training.metrics import read_metrics
 
 from ..small_runs import Cli, own_environment, write_recipe
@@ -50,6 +52,8 @@ def weights(cli: Cli) -> dict[str, torch.Tensor]:
 def test_training_lowers_the_loss_and_writes_every_step(trained):
     lines = read_metrics(Run(trained.run).draft("draft") / "metrics.csv")
     assert [line["step"] for line in lines] == list(range(1, 13))
+    config = load_recipe(str(trained.recipe)).train
+    assert [line["learning_rate"] / config.learning_rate for line in lines] == pytest.approx([rate(step, config) for step in range(12)])
     assert np.mean(losses(trained)[-3:]) < np.mean(losses(trained)[:3])
     held_out = [json.loads(line) for line in (Run(trained.run).draft("draft") / "held_out.jsonl").read_text().splitlines()]
     assert [value["step"] for value in held_out] == [0, 6, 12]
@@ -151,6 +155,12 @@ def test_evaluate_export_and_decode(trained, tmp_path):
     assert summary["held_out"]["answers"] >= 6
     assert summary["decoded"]["identical"] == summary["decoded"]["answers"] == 3
     assert summary["decoded"]["walk_tau"] == pytest.approx(summary["decoded"]["tau"], abs=0.01)
+    again = cli.stage("evaluate")
+    assert again == summary  # kept
+    cli.stage("export", "--set", "export.dtype=bfloat16")  # another export is decoded anew
+    before = (folder / "decoded.json").read_text()
+    cli.stage("evaluate")
+    assert (folder / "decoded.json").read_text() != before
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]  # boundaries 2, 4, 5 in SGLang's dialect
