@@ -22,7 +22,9 @@ from .evaluation.report import write_report
 from .evaluation.simulate import simulate
 from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
+from .store.places import is_remote, place
 from .store.seal import sealed
+from .store.target_files import carried
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder
 from .target.smollm2 import smollm2_folder
@@ -83,8 +85,12 @@ def status(run: Run) -> Summary:
         "dumped": [n for n in numbers if sealed(run.dump, n)],
         "missing": [n for n in numbers if n in needed and not sealed(run.dump, n)],
         "spare": [n for n in numbers if n not in needed],
-        "sealed": (run.dump / "dump.json").is_file(),
+        "sealed": (place(run.dump) / "dump.json").size() is not None,
     }
+
+
+def export_draft(run: Run, recipe: Recipe) -> Summary:
+    return export(run.draft(recipe.train.draft), carried(run.dump), recipe.export)
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
@@ -122,7 +128,7 @@ class Demo:
                 [self.draft / name for name in ("draft.json", "checkpoints", "weights.safetensors")],
             ),
             ("evaluate", lambda: simulate(run, recipe.train.draft, recipe.evaluate), [self.draft / "held_out.json"]),
-            ("export", lambda: export(self.draft, run.dump / "target", recipe.export), [self.draft / "export"]),
+            ("export", lambda: export_draft(run, recipe), [self.draft / "export"]),
             ("decode", self._decode, [self.draft / "decoded.json"]),
         ]
 
@@ -231,6 +237,8 @@ def _bytes(paths: list[Path]) -> int:
 
 def demo(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """Run the whole job; write report.json and report.html. Raises CheckFailed when a check does not hold."""
+    if is_remote(run.dump):
+        raise UserError("the demo keeps its dump in the run folder: leave dump.location out")
     whole = Demo(run, recipe, stop)
     whole.perform()
     report = whole.report()

@@ -210,9 +210,10 @@ def parse_units(text: str | None) -> list[int] | None:
 class Run:
     """Paths of a run folder, and the few files that every stage shares."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, dump: str | None = None):
+        """dump: where the dump lies, if not in the run folder."""
         self.folder = Path(folder)
-        self.dump = self.folder / "dump"
+        self.dump: Path | str = dump or self.folder / "dump"
 
     def conversations(self, unit: int) -> Path:
         return self.folder / "conversations" / f"{unit_name(unit)}.jsonl"

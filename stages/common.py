@@ -46,7 +46,7 @@ def sections(*names: str) -> dict[str, str]:
 def opened(recipe: str | None, overrides: tuple[str, ...], run_folder: Path | None) -> tuple[Recipe, Run]:
     """The resolved recipe and its run folder."""
     resolved = load_recipe(recipe, overrides)
-    return resolved, Run(run_folder or Path("runs") / resolved.name)
+    return resolved, Run(run_folder or Path("runs") / resolved.name, resolved.dump.location)
 
 
 def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
