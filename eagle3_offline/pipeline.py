@@ -11,6 +11,7 @@ from pathlib import Path
 from . import runs
 from .capture import dump as capture_dump
 from .capture import regenerate as capture_regenerate
+from .capture.import_samples import import_samples
 from .capture.target import OpenTarget, open_target
 from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
@@ -22,11 +23,14 @@ from .evaluation.report import write_report
 from .evaluation.simulate import simulate
 from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
+from .store.estimate import estimate
+from .store.format import Compact, DumpSpec
 from .store.places import is_remote, place
+from .store.repair import STALE_HOURS, abandoned
 from .store.seal import sealed
 from .store.target_files import carried
 from .store.verify import verify as store_verify
-from .target.folder import resolve_folder
+from .target.folder import resolve_folder, text_config
 from .target.smollm2 import smollm2_folder
 from .target.tiny import tiny_folder
 from .training.loop import train
@@ -62,8 +66,50 @@ def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSign
     return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
 
 
+def _in_progress(run: Run) -> list[str]:
+    """Unfinished parts: being written, or left by a writer that died (`store repair` removes those)."""
+    parts = place(run.dump) / "parts"
+    return [f"{name} (abandoned)" if abandoned(parts / name, STALE_HOURS) else name for name in parts.folders() if name.startswith(".")]
+
+
+def fit_basis(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
+    return capture_dump.fit_basis(run, recipe, _target(run, recipe), stop)
+
+
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
     return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, _target(run, recipe)), allow_partial)
+
+
+def import_dump(run: Run, recipe: Recipe, folder: Path, masks: Path | None, trust_ckpt: bool, stop: StopSignal) -> Summary:
+    return import_samples(run, recipe, _target(run, recipe), folder, masks, trust_ckpt, stop)
+
+
+def estimate_dump(
+    recipe: Recipe, rows: int, row_tokens: float, supervised: float, hidden_size: int | None, vocab_size: int, layers: int, dtype: str,
+    rate: float | None, engines: int,
+) -> Summary:  # fmt: skip
+    """What a dump will take: `store estimate`."""
+    if hidden_size is None:
+        shape = text_config(target_folder(recipe.target))
+        hidden_size, vocab_size = shape["hidden_size"], shape["vocab_size"]
+    config = recipe.dump
+    compact = config.mode == "compact"
+    spec = DumpSpec(
+        layers=tuple(range(layers)), hidden_size=hidden_size, vocab_size=vocab_size, dtype=dtype, codec=config.aux_codec,
+        last_codec=None if compact else config.last_codec or config.aux_codec,
+        compact=Compact(max(1, round(config.rank * hidden_size)), config.top_k, "") if compact else None,
+        target={}, engine={}, max_length=recipe.target.max_length, conversation={},
+    )  # fmt: skip
+    tokens = int(rows * row_tokens)
+    whole = rate * engines if rate else None
+    return estimate(spec, rows, tokens, int(tokens * supervised), recipe.prepare.unit_rows, whole).to_dict()
+
+
+def plan_of_run(run: Run) -> Summary:
+    """The units of a run: number, split and rows."""
+    plan = run.read_plan()
+    units = [{"unit": unit.unit, "split": unit.split, "rows": len(unit.rows)} for unit in plan.units]
+    return {"units": len(units), "rows": sum(unit["rows"] for unit in units), "array": f"0-{len(units) - 1}", "plan": units}
 
 
 def verify(run: Run, quick: bool) -> Summary:
@@ -84,6 +130,7 @@ def status(run: Run) -> Summary:
         "regenerated": [n for n in numbers if run.tokens(n).is_file()],
         "dumped": [n for n in numbers if sealed(run.dump, n)],
         "missing": [n for n in numbers if n in needed and not sealed(run.dump, n)],
+        "in_progress": _in_progress(run),
         "spare": [n for n in numbers if n not in needed],
         "sealed": (place(run.dump) / "dump.json").size() is not None,
     }

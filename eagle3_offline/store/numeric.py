@@ -73,9 +73,18 @@ def quantise(codec: str, chunk: np.ndarray, dtype: str, exact: np.ndarray) -> Qu
     values = np.where(exact[:, None], np.float32(0), values)
     main, scale = _QUANTISE[codec](values, chunk, dtype)
     lost = values - dequantise(codec, main, scale, dtype)
-    missed = np.einsum("bw,bw->w", lost, lost, dtype=np.float64)
-    allowed = COLUMN_TOLERANCE**2 * np.einsum("bw,bw->w", values, values, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        missed = np.sqrt(np.square(lost).mean(0, dtype=np.float64))
+        allowed = COLUMN_TOLERANCE * _spread(codec, values)
     return Quantised(main, scale, np.flatnonzero(~(missed <= allowed)))  # so that what is not a number counts as missed
+
+
+def _spread(codec, values: np.ndarray) -> np.ndarray:
+    """[W]: what an error is compared with. A value far larger than its channel's others widens the steps of int8 for them all, so there
+    it is the rms of normal values with the same mean size, which such a value hardly moves; the other codecs' errors are relative."""
+    if codec == "int8":
+        return np.abs(values).mean(0, dtype=np.float64) * np.sqrt(np.pi / 2)
+    return np.sqrt(np.square(values).mean(0, dtype=np.float64))
 
 
 def dequantise(codec: str, main: np.ndarray, scale: np.ndarray | None, dtype: str) -> np.ndarray:

@@ -47,6 +47,7 @@ class Dump:
         self.supervised = rows["supervised"]  # [N] int32 tokens that the target generated
         self.splits = rows["split"]  # [N] uint8: 0 train, 1 eval
         self.parts = rows["part"]  # [N] int32 index into manifest["parts"]
+        self.places = rows["row"]  # [N] int32 the row's place in its part
         self.sources = rows["source"]  # [N] int32 index into manifest["sources"]
         self._rows = rows
         # C-implemented caches need no lock of ours, so a fork never finds one held; opening a part twice does no harm.
@@ -81,6 +82,11 @@ class Dump:
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def rows_of_part(self, number: int) -> list[int]:
+        """Indices of the rows of manifest["parts"][number], in the order in which they are stored."""
+        rows = np.flatnonzero(self.parts == number)
+        return rows[np.argsort(self.places[rows])].tolist()
 
     def sample(
         self, i: int, layers: Iterable[int] | None = None, window: tuple[int, int] | None = None, aux: np.ndarray | None = None
@@ -162,7 +168,7 @@ class Dump:
         if not 0 <= i < len(self):
             raise UserError(f"row {i} is not in {self.where}, which has rows 0 to {len(self) - 1}")
         try:
-            part, row = self._part(int(self.parts[i])), int(self._rows["row"][i])
+            part, row = self._part(int(self.parts[i])), int(self.places[i])
             found = part.offsets[row : row + 2].tolist()
             start = int(self._rows["token_offset"][i])
             if found != [start, start + int(self.lengths[i])]:

@@ -66,7 +66,7 @@ def test_last_positions():
     assert last_positions((), 4).tolist() == []
 
 
-@pytest.mark.parametrize(("hidden", "chunk_rows"), [(4096, 64), (576, 128), (64, 1024), (1_000_000, 1)])
+@pytest.mark.parametrize(("hidden", "chunk_rows"), [(4096, 64), (576, 455), (64, 4096), (1_000_000, 1)])
 def test_sizes_go_by_bytes(make_spec, hidden, chunk_rows):
     layout = state_layouts(make_spec(hidden_size=hidden))["h02"].main
     assert layout.chunk_rows == chunk_rows
