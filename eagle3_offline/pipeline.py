@@ -16,7 +16,7 @@ from .capture.target import OpenTarget, open_target
 from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
 from .conversations.stdlib_questions import answer_pairs, documents
-from .conversations.token_rows import answer_tokens
+from .conversations.token_rows import answer_tokens, plan_of_token_rows
 from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
@@ -106,8 +106,9 @@ def estimate_dump(
 
 
 def plan_of_run(run: Run) -> Summary:
-    """The units of a run: number, split and rows."""
-    plan = run.read_plan()
+    """The units of a run: number, split and rows. Where tokens/ came from elsewhere, they are fixed as its files say."""
+    foreign = not run.plan_path.is_file() and run.tokens(0).parent.is_dir()
+    plan = plan_of_token_rows(run) if foreign else run.read_plan()
     units = [{"unit": unit.unit, "split": unit.split, "rows": len(unit.rows)} for unit in plan.units]
     return {"units": len(units), "rows": sum(unit["rows"] for unit in units), "array": f"0-{len(units) - 1}", "plan": units}
 

@@ -39,7 +39,7 @@ def estimate(recipe, overrides, run_folder, as_json, **shape):
 @command.command("plan")
 @with_recipe
 def plan(recipe, overrides, run_folder, as_json):
-    """Show the work units of a run: the array tasks of every stage."""
+    """Show the work units of a run: the array tasks of every stage. Fixes them where tokens/unit-*.parquet came from elsewhere."""
 
     def work():
         from eagle3_offline.pipeline import plan_of_run

@@ -12,7 +12,7 @@ from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows
 from ..progress import StageProgress
 from ..records import CapturedRow, Reject, Summary, TokenRow, UserError
-from ..runs import Run, StopSignal, Unit, check_rejected, digest
+from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
 from ..store.estimate import estimate
@@ -48,8 +48,16 @@ def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
         target=target.fingerprint,
         engine={"name": "transformers"},
         max_length=target.context,
-        conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": run.claimed("regenerate")},
+        conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": _regenerate_settings(run)},
     )
+
+
+def _regenerate_settings(run: Run) -> dict | None:
+    """None where tokens/ came from elsewhere."""
+    try:
+        return run.claimed("regenerate")
+    except NotClaimed:
+        return None
 
 
 def basis_rank(recipe: Recipe, target: OpenTarget) -> int:

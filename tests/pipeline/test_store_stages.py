@@ -139,6 +139,19 @@ def test_status_estimate_plan_info(dumped):
     assert dumped.stage("store", "repair", "--dry-run")["dropped"] == {}
 
 
+def test_token_rows_from_elsewhere(dumped, random_target, tmp_path):
+    run = tmp_path / "foreign"
+    shutil.copytree(dumped.run / "tokens", run / "tokens")
+    cli = Cli(write_recipe(tmp_path / "recipe", random_target, conversations(1)), run)
+    units = cli.stage("store", "plan")
+    assert units["units"] == len(list((run / "tokens").iterdir())) and units["rows"] == 30
+    cli.stage("dump-hidden")
+    assert cli.stage("store", "seal")["done"] == 30
+    (run / "plan.json").unlink()
+    (run / "tokens" / "unit-00000.parquet").rename(run / "tokens" / "unit-00099.parquet")
+    assert "without a gap" in cli.stage("store", "plan", exit_code=2)
+
+
 def test_a_dump_that_the_disk_will_not_hold_is_refused(captured, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     text = captured.stage("dump-hidden", exit_code=2)
