@@ -90,6 +90,9 @@ def estimate_dump(
 ) -> Summary:  # fmt: skip
     """What a dump will take: `store estimate`."""
     if hidden_size is None:
+        model = recipe.target.model
+        if model not in ("smollm2", "tiny") and not (Path(model) / "config.json").is_file():
+            raise UserError(f"target.model {model!r} is no local folder: give its shape with --hidden-size and --vocab-size")
         shape = text_config(target_folder(recipe.target))
         hidden_size, vocab_size = shape["hidden_size"], shape["vocab_size"]
     config = recipe.dump
@@ -102,7 +105,7 @@ def estimate_dump(
     )  # fmt: skip
     tokens = int(rows * row_tokens)
     whole = rate * engines if rate else None
-    return estimate(spec, rows, tokens, int(tokens * supervised), recipe.prepare.unit_rows, whole).to_dict()
+    return estimate(spec, rows, tokens, int(tokens * supervised) + 2 * rows, recipe.prepare.unit_rows, whole).to_dict()
 
 
 def plan_of_run(run: Run) -> Summary:

@@ -57,10 +57,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, modes: bool = True) -> Iterator[Path]:
     """A temporary folder beside `folder`; it becomes `folder`, whole and on disk, only when the block ends without an error.
 
-    Where another process published the same folder meanwhile, that one is kept.
+    Where another process published the same folder meanwhile, that one is kept. modes: make what it holds readable for all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -69,7 +69,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes private files
+            if modes:
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes private files
             fsync_path(path)
         fsync_path(temporary)
         try:

@@ -113,7 +113,8 @@ def repair(recipe, overrides, run_folder, as_json, dry_run, stale_hours):
     def work():
         from eagle3_offline.store.repair import repair as mend
 
-        return mend(opened(recipe, overrides, run_folder)[1].dump, dry_run, stale_hours)
+        run = opened(recipe, overrides, run_folder)[1]
+        return mend(run.dump, dry_run, stale_hours, run.folder / "sending")
 
     finish("store repair", as_json, work)
 

@@ -21,6 +21,7 @@ from ..store.numeric import outlier_tokens, put_float32, to_float32
 
 TOKENS_PER_CHANNEL = 10  # a basis is fitted on at least so many tokens for each of the C channels
 RIDGE = 1e-3  # added to the diagonal of a ridge regression, in units of the mean diagonal
+_PRODUCT_TOKENS = 4096  # tokens of one product: adding up [C, C] takes longer than multiplying a short row
 _TEACHER_ROWS = 256  # logits [rows, V] in fp32 at a time
 
 
@@ -32,24 +33,37 @@ class Moments:
         self.second = torch.zeros(channels, channels, dtype=torch.float64)  # of aux, all tokens but outliers
         self.rooted = torch.zeros(channels, channels, dtype=torch.float64)  # of aux[p] where m[p+1] = 1
         self.crossed = torch.zeros(channels, hidden_size, dtype=torch.float64)  # of aux[p] with last[p+1] / norm.weight there
+        self._usable: list[Tensor] = []  # rows that wait for a product of many tokens at once
+        self._roots: list[Tensor] = []
+        self._ahead: list[Tensor] = []
 
     def add(self, row: TokenRow, aux: np.ndarray, last: np.ndarray, norm: Tensor, dtype: str) -> None:
         """aux [T, C] and last [T_last, H] in storage dtype; norm [H] fp32."""
         values = torch.from_numpy(to_float32(aux, dtype))
         pieces = np.split(aux, aux.shape[1] // last.shape[1], axis=1)  # the layers
         kept = ~np.any([outlier_tokens(piece, dtype) for piece in pieces], axis=0)  # [T]
-        usable = values[torch.from_numpy(kept)]
-        self.second += (usable.T @ usable).double()
-        self.tokens += len(usable)
+        self._usable.append(values[torch.from_numpy(kept)])
+        self.tokens += len(self._usable[-1])
         positions = last_positions(row.turns, len(row.input_ids))
         answers = np.flatnonzero(row.loss_mask[1:] & kept[:-1])  # p with m[p+1] = 1
-        roots = values[torch.from_numpy(answers)]
-        ahead = torch.from_numpy(to_float32(last, dtype))[np.searchsorted(positions, answers + 1)] / norm
+        self._roots.append(values[torch.from_numpy(answers)])
+        self._ahead.append(torch.from_numpy(to_float32(last, dtype))[np.searchsorted(positions, answers + 1)] / norm)
+        if sum(map(len, self._usable)) >= _PRODUCT_TOKENS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Add the products of the rows that wait."""
+        if not self._usable:
+            return
+        usable, roots, ahead = (torch.cat(pieces) for pieces in (self._usable, self._roots, self._ahead))
+        self.second += (usable.T @ usable).double()
         self.rooted += (roots.T @ roots).double()
         self.crossed += (roots.T @ ahead).double()
+        self._usable, self._roots, self._ahead = [], [], []
 
     def basis(self, rank: int) -> dict[str, np.ndarray]:
         """The content of `target/basis.safetensors` for r = rank: see FORMAT.md."""
+        self._multiply()
         channels = len(self.second)
         if rank > channels:
             raise UserError(f"dump.rank asks for {rank} channels; the captured layers have only {channels} together")
@@ -79,7 +93,9 @@ class Reduction:
         self.device = torch.device(device)
         self.projection = (torch.from_numpy(basis["components"].copy()) / torch.from_numpy(basis["scale"].copy())[:, None]).to(self.device)
         if self.projection.shape[1] != spec.compact.rank:
-            raise UserError(f"the basis has rank {self.projection.shape[1]}, the dump's is {spec.compact.rank}: fit the basis again")
+            raise UserError(
+                f"the basis has rank {self.projection.shape[1]}, the dump's is {spec.compact.rank}: remove the dump's folder to fit it anew"
+            )
         self.lm_head = lm_head.to(self.device)
 
     def __call__(self, row: TokenRow, aux: np.ndarray, last: np.ndarray) -> CapturedRow:

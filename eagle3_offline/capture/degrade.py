@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,35 +14,57 @@ from torch import Tensor
 
 from ..config import DumpConfig
 from ..progress import StageProgress
-from ..records import CapturedRow, Reject, Sample, Summary, TokenRow, UserError
+from ..records import CapturedRow, Reject, Sample, Summary, TokenRow, TooManyRejected, UserError
 from ..runs import StopSignal
 from ..store.background import BackgroundPart
-from ..store.files import read_tensors
 from ..store.format import EXACT_CODECS, TARGET, Compact, DumpSpec
 from ..store.merge import planned_units
 from ..store.part import read_part_json
 from ..store.places import place
 from ..store.reader import Dump
 from ..store.seal import seal, sealed
-from ..store.target_files import BASIS, carried, read_index, write_target
+from ..store.target_files import BASIS, carried, read_basis, read_index, write_target
 from ..store.writer import PartWriter
 from .compact import Moments, Reduction
+
+CLAIM = "degraded.json"  # in the new dump's folder: what it is made of
 
 
 def degrade(source: Path | str, into: Path | str, config: DumpConfig, stop: StopSignal) -> Summary:
     """Write the rows of a lossless dump into `into` under the codecs and mode of `config`, and seal it. Sealed parts are kept."""
     dump = Dump.open(source)
     if dump.spec.compact or {dump.spec.codec, dump.spec.last_codec} - set(EXACT_CODECS):
-        raise UserError(f"{source} is lossy itself ({dump.spec.codec}); degrade a lossless dump, so that what is lost is lost once")
-    if str(place(into)) == str(dump.where):
-        raise UserError(f"{into} is the source itself: name another folder")
+        kind = "compact" if dump.spec.compact else f"lossy ({dump.spec.codec}, {dump.spec.last_codec})"
+        raise UserError(f"{source} is {kind} itself; degrade a full lossless dump, so that what is lost is lost once")
+    _claim(dump, into, config)
     spec, reduction = _prepare(dump, into, config, stop)
+    rejects: list[Reject] = []
     with StageProgress("store degrade", len(dump)) as progress:
         for number, entry in enumerate(dump.manifest["parts"]):
             if not sealed(into, entry["unit"]):
-                _degrade_part(dump, number, into, spec, reduction, config, stop, progress)
-    counts = seal(into, spec, planned_units(dump))["counts"]
+                rejects += _degrade_part(dump, number, into, spec, reduction, config, stop, progress)
+    counts = seal(into, spec, planned_units(dump), missing=dump.manifest["missing"]["rows"])["counts"]
+    lost = counts["rejected"] - dump.manifest["counts"]["rejected"]
+    if lost:
+        named = "; ".join(reject.reason for reject in rejects[:3]) or "see the parts' part.json"
+        raise TooManyRejected(f"{lost} of {len(dump)} rows could not be stored in {into} ({named}): choose another codec or mode")
     return {"dump": str(into), **counts, "share_of_raw": counts["stored_bytes"] / max(1, counts["raw_bytes"])}
+
+
+def _claim(dump: Dump, into: Path | str, config: DumpConfig) -> None:
+    """Bind a folder to its source and settings, so that an interrupted attempt is finished with the same, and nothing else is touched."""
+    wanted = {"source": dump.manifest["digest"], "mode": config.mode, "codec": config.aux_codec, "last_codec": config.last_codec}
+    wanted |= {"rank": _rank(dump, config), "top_k": config.top_k} if config.mode == "compact" else {}
+    where = place(into) / CLAIM
+    try:
+        found = json.loads(where.read())
+    except FileNotFoundError:
+        if (place(into) / TARGET / "index.json").size() is not None:
+            raise UserError(f"{into} holds another dump: name a new folder") from None
+        where.write(json.dumps(wanted).encode())
+    else:
+        if found != wanted:
+            raise UserError(f"{into} was begun with {found}, now it is {wanted}: name a new folder, or remove this one")
 
 
 def _prepare(dump: Dump, into: Path | str, config: DumpConfig, stop: StopSignal) -> tuple[DumpSpec, Reduction | None]:
@@ -55,7 +78,7 @@ def _prepare(dump: Dump, into: Path | str, config: DumpConfig, stop: StopSignal)
         write_target(into, dump.target_tensors(), dtypes, carried(dump.where), fit_basis_of_dump(dump, _rank(dump, config), stop))
     compact = Compact(_rank(dump, config), config.top_k, read_index(into)[BASIS]["xxh3_128"])
     spec = replace(dump.spec, codec=config.aux_codec, last_codec=None, compact=compact)
-    basis = read_tensors(place(into) / TARGET / BASIS)
+    basis = read_basis(into)
     return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -85,10 +108,11 @@ def _float(dump: Dump, name: str) -> Tensor:
 def _degrade_part(
     dump: Dump, number: int, into: Path | str, spec: DumpSpec, reduction: Reduction | None, config: DumpConfig, stop: StopSignal,
     progress: StageProgress,
-) -> None:  # fmt: skip
+) -> list[Reject]:  # fmt: skip
+    """The rows that could not be stored."""
     entry = dump.manifest["parts"][number]
     content = read_part_json(dump.where / "parts" / entry["name"], entry["part_json"])
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / "eagle3-offline-sending"
+    scratch = Path(tempfile.gettempdir()) / "eagle3-offline-sending"
     part = PartWriter(into, entry["unit"], entry["split"], spec, scratch=scratch, threads=config.writer_threads)
     with BackgroundPart(part) as background:
         for reject in content["rejects"]:
@@ -98,8 +122,9 @@ def _degrade_part(
             whole = CapturedRow(row, sample.aux, sample.last)
             background.add(whole if reduction is None else reduction(row, whole.aux, whole.last))
             progress.advance(1, len(row.input_ids))
-        background.finish()
+        rejects = background.finish()
         part.seal()
+    return rejects
 
 
 def _rows(dump: Dump, number: int, content: dict) -> Iterator[tuple[TokenRow, Sample]]:

@@ -16,10 +16,10 @@ from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
 from ..store.estimate import estimate
-from ..store.files import read_tensors
 from ..store.format import TARGET, Compact, DumpSpec, last_positions
+from ..store.numeric import all_finite
 from ..store.places import is_remote, place
-from ..store.target_files import BASIS, TENSORS, read_index, write_target
+from ..store.target_files import BASIS, read_basis, read_index, read_target, write_target
 from ..store.writer import PartWriter
 from ..target.engine import Engine, States
 from ..target.folder import carried_files, head_tensors, text_config
@@ -102,18 +102,25 @@ def _write_target(run: Run, target: OpenTarget, basis: dict | None = None) -> No
 
 
 def check_space(run: Run, spec: DumpSpec, units: list[Unit], force: bool) -> None:
-    """Refuse to begin what the disk will not hold; there is no telling for object storage."""
-    if is_remote(run.dump) or not units:
+    """Refuse to begin what the disk will not hold. For object storage that is one unit at a time, in the run folder."""
+    if not units:
         return
-    folder = next(path for path in (Path(run.dump), *Path(run.dump).absolute().parents) if path.is_dir())
-    rows = [row for unit in units for row in read_token_rows(run.tokens(unit.unit))]
-    needed = estimate(spec, len(rows), sum(len(row.input_ids) for row in rows), sum(row.supervised for row in rows)).bytes
+    where = run.folder if is_remote(run.dump) else Path(run.dump)
+    folder = next(path for path in (where, *where.absolute().parents) if path.is_dir())
+    sizes = [_estimated_bytes(run, spec, unit) for unit in units]
+    needed = max(sizes) if is_remote(run.dump) else sum(sizes)
     free = shutil.disk_usage(folder).free
     if needed > free and not force:
         raise UserError(
             f"the dump of {len(units)} units is estimated at {needed / 1e9:,.2f} GB, {folder} has {free / 1e9:,.2f} GB free: make room, "
             f"choose another codec or mode (see `store estimate`), or dump nevertheless with --set dump.force=true"
         )
+
+
+def _estimated_bytes(run: Run, spec: DumpSpec, unit: Unit) -> int:
+    rows = read_token_rows(run.tokens(unit.unit))
+    teachers = sum(len(last_positions(row.turns, len(row.input_ids))) for row in rows)
+    return estimate(spec, len(rows), sum(len(row.input_ids) for row in rows), teachers).bytes
 
 
 def _keep(run: Run, spec: DumpSpec) -> Keep:
@@ -124,10 +131,9 @@ def _keep(run: Run, spec: DumpSpec) -> Keep:
 
     if spec.compact is None:
         return full
-    target = place(run.dump) / TARGET
-    head = torch.from_numpy(read_tensors(target / TENSORS)["lm_head.weight"].copy())
+    head = torch.from_numpy(read_target(run.dump)["lm_head.weight"].copy())
     head = head.view(torch.bfloat16).float() if spec.dtype == "bfloat16" else head.float()
-    reduction = Reduction(spec, read_tensors(target / BASIS), head, "cuda" if torch.cuda.is_available() else "cpu")
+    reduction = Reduction(spec, read_basis(run.dump), head, "cuda" if torch.cuda.is_available() else "cpu")
 
     def compact(row: TokenRow, states: States) -> CapturedRow:
         whole = full(row, states)
@@ -186,8 +192,10 @@ def _summary(run: Run, units: list[Unit], recipe: Recipe) -> Summary:
 
 def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) -> Summary:
     """Fit the basis once, on rows of all train units, and write it with the rest of `dump/target/`."""
+    if recipe.dump.mode != "compact":
+        raise UserError("a basis is for compact dumps only: set dump.mode=compact, or leave --fit-basis out")
     if (place(run.dump) / TARGET / "index.json").size() is not None:
-        return {"basis": _basis_digest(run), "tokens": 0}  # once is enough; a full dump's folder is refused
+        return _fitted(run, recipe, target)  # once is enough
     shape = text_config(target.folder)
     channels = len(target.layers) * shape["hidden_size"]
     moments = Moments(channels, shape["hidden_size"])
@@ -198,10 +206,22 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
         for batch in token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens):
             stop.check()
             for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
-                moments.add(row, states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))], norm, target.dtype)
+                aux, last = states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))]
+                if all_finite(aux, target.dtype) and all_finite(last, target.dtype):  # else `dump-hidden` rejects the row
+                    moments.add(row, aux, last, norm, target.dtype)
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
     _write_target(run, target, moments.basis(basis_rank(recipe, target)))
-    return {"basis": _basis_digest(run), "tokens": moments.tokens, "rank": basis_rank(recipe, target)}
+    return {**_fitted(run, recipe, target), "tokens": moments.tokens}
+
+
+def _fitted(run: Run, recipe: Recipe, target: OpenTarget) -> Summary:
+    """The basis that is there; UserError where it is none, or of another rank."""
+    if BASIS not in read_index(run.dump):
+        raise UserError(f"{run.dump} was begun as a full dump: remove it, or use another run folder for the compact one")
+    rank, wanted = read_basis(run.dump)["components"].shape[1], basis_rank(recipe, target)
+    if rank != wanted:
+        raise UserError(f"the basis in {run.dump} has rank {rank}, dump.rank asks for {wanted}: remove the dump's folder to fit it anew")
+    return {"basis": _basis_digest(run), "rank": rank}
 
 
 def _basis_rows(run: Run, tokens: int) -> list[TokenRow]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import pickle
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from ..target.transformers_engine import to_storage
 from .target import OpenTarget
 
 STAGE = "store import"
+PLAIN_NORMS = ("deepseek_v2", "deepseek_v3", "gpt_oss", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ def import_samples(
                 continue
             part = PartWriter(run.dump, unit, split, spec, scratch=run.folder / "sending", threads=recipe.dump.writer_threads)
             with BackgroundPart(part) as background:
-                rejects = list(_write(folder, names, split, loader, spec, background, stop, progress))
-                for reject in rejects:
+                broken = list(_write(folder, names, split, loader, spec, background, stop, progress))
+                unstored = background.finish()
+                for reject in broken:
                     part.reject(reject)
-                rejects += background.finish()
+                rejects = [*broken, *unstored]
                 run.write_rejects("import", unit, rejects)
                 part.seal()
     counts = seal(run.dump, spec, units)["counts"]
@@ -150,14 +153,15 @@ class _Loader:
         if missing := [name for name in ("token_ids", "hidden_states") if name not in content]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         ids, states = content["token_ids"].reshape(-1), content["hidden_states"]
-        known = self.masks.get(path.stem.rpartition("_")[2])
-        if known is None or known[0] != ids.tolist():
+        number = path.stem.rpartition("_")[2]
+        known = self.masks[int(number)] if number.isdigit() and int(number) < len(self.masks) else None
+        if known is None or known["input_ids"] != ids.tolist():
             raise ValueError("the data set with the loss masks has no row with its number and its token ids")
-        return Loaded(ids, torch.tensor(known[1]), states[:, :-1].flatten(1), self.norm(states[:, -1]))
+        return Loaded(ids, torch.tensor(known["loss_mask"]), states[:, :-1].flatten(1), self.norm(states[:, -1]))
 
 
-def _masks(folder: Path | None) -> dict[str, tuple[list[int], list[int]]]:
-    """By a sample's number: its token ids and loss mask."""
+def _masks(folder: Path | None) -> Any:
+    """The data set, opened: by a sample's number its token ids and loss mask."""
     if folder is None:
         raise UserError("speculators keeps its loss masks in a data set of its own: name that folder with --masks")
     from datasets import load_from_disk
@@ -165,14 +169,17 @@ def _masks(folder: Path | None) -> dict[str, tuple[list[int], list[int]]]:
     rows = load_from_disk(str(folder))
     if not {"input_ids", "loss_mask"} <= set(rows.column_names):
         raise UserError(f"{folder} has columns {rows.column_names}; expected input_ids and loss_mask among them")
-    return {str(number): (row["input_ids"], row["loss_mask"]) for number, row in enumerate(rows)}
+    return rows
 
 
 def _final_norm(folder: Path) -> Any:
     """The target's RMSNorm, for last states that were taken before it."""
     config = text_config(folder)
-    if "rms_norm_eps" not in config or str(config.get("model_type", "")).startswith("gemma"):
-        raise UserError(f"{folder}: its final norm is no plain RMSNorm, so last states from before it cannot be imported")
+    if config.get("model_type") not in PLAIN_NORMS:
+        raise UserError(
+            f"{folder} is of type {config.get('model_type')!r}, whose final norm is not known to be w * x / rms(x); last states "
+            f"from before the norm can be imported for {', '.join(PLAIN_NORMS)}"
+        )
     weight = head_tensors(folder, "float32")["norm.weight"]
 
     def norm(states: Tensor) -> Tensor:
@@ -226,7 +233,10 @@ def _units(folder: Path, files: list[Path], recipe: Recipe) -> list[PlannedUnit]
     return units
 
 
-_BROKEN = (ValueError, EOFError, RuntimeError, KeyError, OSError, zlib.error, SafetensorError, AttributeError, TypeError)
+_BROKEN = (
+    ValueError, EOFError, RuntimeError, LookupError, OSError, zlib.error, SafetensorError, AttributeError, TypeError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def _write(

@@ -48,6 +48,8 @@ def read_token_rows(path: Path) -> list[TokenRow]:
         raise UserError(f"{path} is damaged ({error}): remove it and run `regenerate` for this unit again") from None
     rows = []
     for v in table:
+        if lacking := [name for name in SCHEMA.names if v[name] is None]:
+            raise UserError(f"{path} lacks {', '.join(lacking)} of row {v['id']!r}; expected the columns {', '.join(SCHEMA.names)}")
         turns = tuple((start, end) for start, end in v["turns"])
         row = TokenRow(v["id"], v["source"], v["split"], np.array(v["input_ids"], np.int32), turns, tuple(v["finish_reason"]))
         if not np.array_equal(row.loss_mask, v["loss_mask"]):
@@ -65,6 +67,8 @@ def plan_of_token_rows(run: Run) -> Plan:
     units, seen = [], {}
     for number, path in enumerate(files):
         rows = read_token_rows(path)
+        if not rows:
+            raise UserError(f"{path} holds no rows: remove it, and number the others without a gap")
         if len(splits := {row.split for row in rows}) != 1:
             raise UserError(f"{path} mixes the splits {sorted(splits)}; a unit holds one")
         for row in rows:

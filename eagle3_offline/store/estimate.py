@@ -22,7 +22,7 @@ _TOKEN_BYTES = 4.0  # ids, mask and tables, compressed
 class Estimate:
     rows: int
     tokens: int
-    supervised: int
+    teachers: int
     bytes: int
     bytes_per_token: float
     raw_bytes: int  # as public trainers write it: captured layers and last states of every token
@@ -35,37 +35,40 @@ class Estimate:
 
 
 def estimate(
-    spec: DumpSpec, rows: int, tokens: int, supervised: int, unit_rows: int = 2000, tokens_per_second: float | None = None
+    spec: DumpSpec, rows: int, tokens: int, teachers: int, unit_rows: int = 2000, tokens_per_second: float | None = None
 ) -> Estimate:
-    """Bytes and files of a dump; hours for one engine at `tokens_per_second`."""
+    """Bytes and files of a dump; hours for one engine at `tokens_per_second`.
+
+    teachers: tokens whose teacher is kept, the supervised ones and one on each side of a turn.
+    """
     item = STORAGE_DTYPE[spec.dtype].itemsize
     aux = spec.aux_channels * item * _SHARE[spec.dtype][spec.codec]
     if spec.compact is None:
         teacher = spec.hidden_size * item * _SHARE[spec.dtype][spec.last_codec]
     else:
         teacher = spec.compact.top_k * (2 + (2 if spec.vocab_size <= 1 << 16 else 3)) + 4
-    total = int(tokens * (aux + _TOKEN_BYTES) + supervised * teacher)
+    total = int(tokens * (aux + _TOKEN_BYTES) + teachers * teacher)
     raw = tokens * (len(spec.layers) + 1) * spec.hidden_size * item
     return Estimate(
         rows=rows,
         tokens=tokens,
-        supervised=supervised,
+        teachers=teachers,
         bytes=total,
         bytes_per_token=total / tokens if tokens else 0.0,
         raw_bytes=raw,
         share_of_raw=total / raw if raw else 0.0,
-        files=_files(spec, rows, tokens, supervised, unit_rows),
+        files=_files(spec, rows, tokens, teachers, unit_rows),
         hours=tokens / tokens_per_second / 3600 if tokens_per_second else None,
     )
 
 
-def _files(spec: DumpSpec, rows: int, tokens: int, supervised: int, unit_rows: int) -> int:
+def _files(spec: DumpSpec, rows: int, tokens: int, teachers: int, unit_rows: int) -> int:
     """Every array has its metadata and at least one shard in each part; states fill more."""
     parts = max(1, -(-rows // unit_rows))
     states = {name: layout for name, layout in state_layouts(spec).items()}
     arrays = len(plain_layouts(spec)) + sum(1 + len(layout.companions) for layout in states.values())
     shards = 0
     for name, layout in states.items():
-        raw = (supervised if name == "last" else tokens) / parts * layout.main.row_bytes
+        raw = (teachers if name == "last" else tokens) / parts * layout.main.row_bytes
         shards += max(0, -(-int(raw) // SHARD_BYTES) - 1)
     return parts * (2 * arrays + 2 + shards)

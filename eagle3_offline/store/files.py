@@ -50,18 +50,21 @@ def file_record(where: Place) -> dict[str, Any]:
     return {"bytes": offset, "xxh3_128": state.hexdigest()}
 
 
-def problem(where: Place, record: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file against its record; None where nothing is."""
-    try:
-        size = where.size()
-        if (text := size_problem(where, size, record)) is not None:
-            return text
-        found = file_record(where)["xxh3_128"]
-    except OSError as error:
-        return f"{where} cannot be read ({error}): {MEND}"
-    if found != record["xxh3_128"]:
+def damage(where: Place, record: Mapping[str, Any]) -> str | None:
+    """How a file differs from its record; None where it does not. Raises OSError where it cannot be read, which says nothing of it."""
+    if (text := size_problem(where, where.size(), record)) is not None:
+        return text
+    if (found := file_record(where)["xxh3_128"]) != record["xxh3_128"]:
         return f"{where} has digest {found}, expected {record['xxh3_128']}; its content is damaged: {MEND}"
     return None
+
+
+def problem(where: Place, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file: damaged, or not to be read."""
+    try:
+        return damage(where, record)
+    except OSError as error:
+        return f"{where} cannot be read ({error}): {MEND}"
 
 
 def size_problem(where: Place, size: int | None, record: Mapping[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ LAST_NORM = "post"  # `last` is stored after the target's final norm: it is what
 # of that for each byte plane, or two planes share a table: 288 KiB give a ratio of 1.48 where 512 KiB give 1.58.
 CHUNK_BYTES = 512 << 10
 TOKEN_CHUNK_BYTES = 32 << 10  # of token ids and the other small arrays
+SCALE_CHUNKS = 1024  # chunks in a shard of int8's scales, one row each: the index of a shard has an entry for every one it could hold
 SHARD_BYTES = 64 << 20  # raw bytes of one shard file at most
 BLOSC_BLOCK_BYTES = 1 << 20  # one Blosc block per chunk: better ratio, and file bytes that no thread count changes
 OUTLIER_FACTOR = 8.0  # tokens whose norm is above this many medians of their row: left out of sumsq, kept exactly by lossy codecs
@@ -164,9 +165,15 @@ class DumpSpec:
 _FIXED = {"format_version": FORMAT_VERSION, "layer_convention": LAYER_CONVENTION, "last_norm": LAST_NORM}
 
 
+class OtherVersion(UserError):
+    """Written by another release: not damaged."""
+
+
 def check_version(found: Any, where: object) -> None:
     if found != FORMAT_VERSION:
-        raise UserError(f"{where} has format version {found!r}; this program reads version {FORMAT_VERSION}: use the release that wrote it")
+        raise OtherVersion(
+            f"{where} has format version {found!r}; this program reads version {FORMAT_VERSION}: use the release that wrote it"
+        )
 
 
 def check_same_spec(found: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
@@ -270,7 +277,7 @@ def state_layout(codec: str, dtype: str, width: int, sizes: Sizes) -> StateLayou
     }[codec]
     main = main.sized(sizes.state_rows(main.row_bytes), sizes.shard_bytes)
     scale = {
-        "int8": {"scale": Layout((width,), np.dtype("float32"), "lossless").sized(1, sizes.shard_bytes)},  # [chunks, width]
+        "int8": {"scale": replace(Layout((width,), np.dtype("float32"), "lossless"), chunk_rows=1, chunks_per_shard=SCALE_CHUNKS)},
         "fp8": {"scale": _plain("float32", (), sizes)},  # [T]
         "bitround": {},
     }[codec]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .format import EXACT_CODECS
+from .format import EXACT_CODECS, state_layouts
 from .part import Part
 from .places import Place, place
 from .reader import Dump
@@ -63,7 +63,8 @@ def _arrays(dump: Dump) -> dict[str, dict[str, float]]:
         *([("last", spec.last_codec, teachers, spec.hidden_size)] if spec.last_codec else []),
     ]:
         raw = tokens * width * spec.storage_dtype.itemsize
-        total = sum(size for array, size in stored.items() if array == name or array.startswith(f"{name}_"))
+        kept = (name, *(f"{name}_{suffix}" for suffix in state_layouts(spec)[name].companions))
+        total = sum(stored[array] for array in kept)
         report[name] |= {"ratio": raw / max(1, total)}
         if codec in EXACT_CODECS:
             report[name] |= {"entropy_ratio": entropy_ratio(_sample(dump, name))}

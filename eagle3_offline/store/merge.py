@@ -40,7 +40,7 @@ def merge(sources: list[Path | str], into: Path) -> dict[str, Any]:
         for entry, (_, split, rows) in zip(dump.manifest["parts"], planned_units(dump), strict=True):
             _copy_part(dump.where / "parts" / entry["name"], into, len(units), spec)
             units.append((len(units), split, rows))
-    return seal(into, spec, units)
+    return seal(into, spec, units, missing=[name for dump in dumps for name in dump.manifest["missing"]["rows"]])
 
 
 def planned_units(dump: Dump) -> list[PlannedUnit]:
@@ -69,7 +69,7 @@ def _common_spec(dumps: list[Dump]) -> DumpSpec:
 def _copy_target(dumps: list[Dump], into: Path) -> None:
     if (into / TARGET).is_dir():
         return
-    with atomic_folder(into / TARGET) as temporary:
+    with atomic_folder(into / TARGET, modes=False) as temporary:
         for name in (*read_index(dumps[0].where), "index.json"):
             _copy(dumps[0].where / TARGET / name, temporary / name)
 
@@ -82,7 +82,7 @@ def _copy_part(folder: Place, into: Path, unit: int, spec: DumpSpec) -> None:
     content = with_digest({**content, "unit": unit, "spec": spec.to_dict(), "data": None})
     target = into / "parts" / unit_name(unit)
     if not target.is_dir():
-        with atomic_folder(target) as temporary:
+        with atomic_folder(target, modes=False) as temporary:  # linked files keep theirs
             for name in content["files"]:
                 (temporary / name).parent.mkdir(exist_ok=True)
                 _copy(data / name, temporary / name)

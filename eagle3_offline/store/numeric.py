@@ -68,23 +68,25 @@ class Quantised:
 
 
 def quantise(codec: str, chunk: np.ndarray, dtype: str, exact: np.ndarray) -> Quantised:
-    """chunk [B, W] in storage dtype; exact [B] bool: tokens that are kept elsewhere and count as zero here."""
+    """chunk [B, W] in storage dtype; exact [B] bool: tokens that are kept elsewhere, and what pads a last chunk: they count as zero."""
     values = to_float32(chunk, dtype)
     values = np.where(exact[:, None], np.float32(0), values)
     main, scale = _QUANTISE[codec](values, chunk, dtype)
-    lost = values - dequantise(codec, main, scale, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        missed = np.sqrt(np.square(lost).mean(0, dtype=np.float64))
-        allowed = COLUMN_TOLERANCE * _spread(codec, values)
+    lost = (values - dequantise(codec, main, scale, dtype))[~exact]
+    values = values[~exact]
+    if not len(values):
+        return Quantised(main, scale, np.zeros(0, np.int64))
+    missed = np.sqrt(np.square(lost, dtype=np.float64).mean(0))
+    allowed = COLUMN_TOLERANCE * _spread(codec, values)
     return Quantised(main, scale, np.flatnonzero(~(missed <= allowed)))  # so that what is not a number counts as missed
 
 
-def _spread(codec, values: np.ndarray) -> np.ndarray:
+def _spread(codec: str, values: np.ndarray) -> np.ndarray:
     """[W]: what an error is compared with. A value far larger than its channel's others widens the steps of int8 for them all, so there
     it is the rms of normal values with the same mean size, which such a value hardly moves; the other codecs' errors are relative."""
     if codec == "int8":
         return np.abs(values).mean(0, dtype=np.float64) * np.sqrt(np.pi / 2)
-    return np.sqrt(np.square(values).mean(0, dtype=np.float64))
+    return np.sqrt(np.square(values, dtype=np.float64).mean(0))
 
 
 def dequantise(codec: str, main: np.ndarray, scale: np.ndarray | None, dtype: str) -> np.ndarray:

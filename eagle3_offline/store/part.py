@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ..records import Sample, TopLogits, UserError
 from .arrays import ArrayReader, Shard
 from .files import MEND, read_checked, size_problem
 from .format import PART_JSON, DumpSpec, last_positions, plain_layouts, state_layouts, with_digest_checked
+from .lazy import lazy
 from .places import Place
 from .states import StateReader
 
@@ -50,11 +50,11 @@ class Part:
 
     # -- whole arrays, read when first needed
 
-    @cached_property
+    @lazy
     def _plain(self) -> dict[str, ArrayReader]:
         return {name: self._open(name, layout) for name, layout in plain_layouts(self._spec).items()}
 
-    @cached_property
+    @lazy
     def states(self) -> dict[str, StateReader]:
         """Readers of the captured states, and of `last`."""
         readers = {}
@@ -71,22 +71,22 @@ class Part:
             )
         return ArrayReader(self.data / name, expected, read_checked(self.data / name / "zarr.json", record), self._open_shard)
 
-    @cached_property
+    @lazy
     def offsets(self) -> np.ndarray:
         """[N+1]"""
         return self.whole("offsets")
 
-    @cached_property
+    @lazy
     def turn_offsets(self) -> np.ndarray:
         """[N+1]"""
         return self.whole("turn_offsets")
 
-    @cached_property
+    @lazy
     def last_offsets(self) -> np.ndarray:
         """[N+1]"""
         return self.whole("last_offsets")
 
-    @cached_property
+    @lazy
     def all_turns(self) -> np.ndarray:
         """[S, 2]"""
         return self.whole("turns")
@@ -141,7 +141,12 @@ class Part:
     def _aux(self, arrays: tuple[str, ...], start: int, stop: int, memory: np.ndarray | None) -> np.ndarray:
         width = self._spec.aux_width
         shape = (stop - start, width * len(arrays))
-        out = np.empty(shape, self._spec.storage_dtype) if memory is None else memory[: shape[0], : shape[1]]
+        if memory is None:
+            out = np.empty(shape, self._spec.storage_dtype)
+        elif memory.dtype != self._spec.storage_dtype or memory.ndim != 2 or memory.shape[0] < shape[0] or memory.shape[1] < shape[1]:
+            raise UserError(f"the memory for aux is {memory.dtype} {list(memory.shape)}; expected {self._spec.storage_dtype} {list(shape)}")
+        else:
+            out = memory[: shape[0], : shape[1]]
         for number, name in enumerate(arrays):
             self.states[name].read_into(start, stop, out[:, number * width : (number + 1) * width])
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..records import SPLITS, Sample, UserError
 from .arrays import Shard
 from .files import MEND, check, read_tensors, size_problem, tensor_dtypes
 from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, layer_name, with_digest_checked
+from .lazy import lazy
 from .part import Part
 from .places import Place, place
 from .target_files import BASIS, TENSORS
@@ -121,7 +122,7 @@ class Dump:
         """[T] int32"""
         return self._read(i, lambda part, row: part.input_ids(row))
 
-    @cached_property
+    @lazy
     def statistics(self) -> dict[str, np.ndarray]:
         """Of the train split: `token_counts` [V] int64 of generated tokens, and `rms` [C] float32 of the captured channels."""
         stored = read_tensors(self.where / STATISTICS)
@@ -155,7 +156,7 @@ class Dump:
             raise UserError(f"{self.where} is no compact dump: it has no basis")
         return self._checked_tensors(BASIS)
 
-    @cached_property
+    @lazy
     def _target(self) -> dict[str, np.ndarray]:
         return self._checked_tensors(TENSORS)
 
@@ -179,4 +180,6 @@ class Dump:
 
     def _open_part(self, number: int) -> Part:
         entry = self.manifest["parts"][number]
-        return Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        part = Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        del part.content["rows"], part.content["rejects"]  # the row table has what is needed of them; a million would take 0.6 GB
+        return part

@@ -47,8 +47,13 @@ def missing_units(dump: Place | Path | str, units: Iterable[PlannedUnit]) -> lis
     return [unit for unit, _, _ in units if not sealed(dump, unit)]
 
 
-def seal(dump: Place | Path | str, spec: DumpSpec, units: Sequence[PlannedUnit], allow_partial: bool = False) -> dict[str, Any]:
-    """Publish the sealed parts of `units` as one dump and return its manifest. The same parts give the same manifest."""
+def seal(
+    dump: Place | Path | str, spec: DumpSpec, units: Sequence[PlannedUnit], allow_partial: bool = False, missing: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Publish the sealed parts of `units` as one dump and return its manifest. The same parts give the same manifest.
+
+    missing: ids of rows that the dumps had lost that this one is made of; the manifest goes on naming them.
+    """
     dump = place(dump)
     units = sorted(units)
     _check_no_id_twice(units)
@@ -58,6 +63,7 @@ def seal(dump: Place | Path | str, spec: DumpSpec, units: Sequence[PlannedUnit],
         table.add_unit(dump, *unit)
     if table.missing and not allow_partial:
         raise UserError(_gap_text(dump, table))
+    table.missing = [*missing, *table.missing]
     tables = {ROWS: tensor_bytes(table.columns()), STATISTICS: tensor_bytes(table.statistics())}
     for name, data in tables.items():
         (dump / name).write(data)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from ..records import STORAGE_DTYPE
 from .arrays import ArrayReader, ArrayWriter, scratch
 from .format import StateLayout
+from .lazy import lazy
 from .numeric import Quantised, dequantise, put_float32, quantise
 
 
@@ -73,6 +73,7 @@ class StateWriter:
         kept = np.flatnonzero(self._exact)
         self.arrays[f"{self._name}_token_at"].append(self._tokens + kept)
         self.arrays[f"{self._name}_token"].append(self._chunk[kept])
+        self._exact[self._filled :] = True  # nothing is there
         filled, work = self._filled, (self._layout.codec, self._chunk, self._layout.dtype, self._exact)
         self._quantising.append((self._chunk[:filled], self._pool.submit(quantise, *work) if self._pool else quantise(*work)))
         self._tokens += filled
@@ -155,11 +156,11 @@ class StateReader:
         if first < last:
             out[self._token_at[first:last] - start] = self._companions["token"].read(first, last)
 
-    @cached_property
+    @lazy
     def _column_at(self) -> np.ndarray:
         return self._whole("column_at")
 
-    @cached_property
+    @lazy
     def _token_at(self) -> np.ndarray:
         return self._whole("token_at")
 

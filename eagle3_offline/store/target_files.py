@@ -11,7 +11,7 @@ import numpy as np
 
 from ..records import UserError
 from ..runs import atomic_folder
-from .files import record_of, tensor_bytes, write_bytes
+from .files import check, read_tensors, record_of, tensor_bytes, write_bytes
 from .format import TARGET, json_bytes
 from .places import ObjectPlace, Place, place
 
@@ -51,6 +51,24 @@ def read_index(dump: Place | Path | str) -> dict[str, Any]:
     if (index := _found(place(dump) / TARGET)) is None:
         raise UserError(f"{where} is missing; expected the target's files beside the parts: write them before sealing the dump")
     return index
+
+
+def read_basis(dump: Place | Path | str) -> dict[str, np.ndarray]:
+    """A compact dump's basis before it is sealed, verified."""
+    return _checked_tensors(dump, BASIS)
+
+
+def read_target(dump: Place | Path | str) -> dict[str, np.ndarray]:
+    """The target's tensors before the dump is sealed, in storage dtype, verified."""
+    return _checked_tensors(dump, TENSORS)
+
+
+def _checked_tensors(dump: Place | Path | str, name: str) -> dict[str, np.ndarray]:
+    where = place(dump) / TARGET / name
+    if (record := read_index(dump).get(name)) is None:
+        raise UserError(f"{where} does not exist: this is no compact dump's folder")
+    check(where, record)
+    return read_tensors(where)
 
 
 def carried(dump: Place | Path | str) -> dict[str, bytes]:

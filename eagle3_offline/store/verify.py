@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..records import UserError
-from .files import problem, size_problem
-from .format import PART_JSON
+from .files import damage, problem, size_problem
+from .format import PART_JSON, OtherVersion
 from .part import data_folder, read_part_json
 from .places import Place, place
 from .reader import read_manifest
@@ -34,15 +34,40 @@ def part_problems(folder: Place, record: Mapping[str, Any] | None = None, quick:
     """What is wrong with one part; record: the manifest's, of its `part.json`."""
     try:
         content = read_part_json(folder, record)
+        data, files = data_folder(folder, content), content["files"]
+        sizes = data.sizes()
     except (UserError, OSError) as error:
         return [str(error)]
-    data, files = data_folder(folder, content), content["files"]
-    sizes = data.sizes()
-    unlisted = sorted(set(sizes) - set(files) - {PART_JSON})
-    rows = ", ".join(row["id"] for row in content["rows"][:3])
-    named = f"rows {rows}{', ...' if len(content['rows']) > 3 else ''}"
-    problems = [f"{text} [{named}]" for text in _file_problems(data, files, sizes, quick)]
-    return problems + [f"{data / name} is not listed in {PART_JSON}; nothing reads it: remove it" for name in unlisted]
+    problems = [f"{text} [{_first_rows(content)}]" for text in _file_problems(data, files, sizes, quick)]
+    return problems + [
+        f"{data / name} is not listed in {PART_JSON}; nothing reads it: remove it" for name in unlisted_files(content, sizes)
+    ]
+
+
+def part_damage(folder: Place) -> list[str]:
+    """Why a part has to be made again; empty for a whole one.
+
+    Raises OSError where it cannot be told, OtherVersion for a part that another release wrote.
+    """
+    try:
+        content = read_part_json(folder)
+    except OtherVersion:
+        raise
+    except UserError as error:
+        return [str(error)]
+    data = data_folder(folder, content)
+    found = [damage(data / name, record) for name, record in content["files"].items()]
+    return [text for text in found if text is not None]
+
+
+def unlisted_files(content: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
+    """Files in a part that it says nothing of."""
+    return sorted(set(sizes) - set(content["files"]) - {PART_JSON})
+
+
+def _first_rows(content: Mapping[str, Any]) -> str:
+    names = [row["id"] for row in content["rows"]]
+    return "rows " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _file_problems(folder: Place, files: Mapping[str, Any], sizes: Mapping[str, int | None], quick: bool) -> list[str]:

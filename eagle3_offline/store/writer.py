@@ -6,6 +6,7 @@ Legend: T tokens, H hidden size, C channels of all captured states, V vocabulary
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -33,7 +34,7 @@ from .format import (
     with_digest,
 )
 from .numeric import all_finite, channel_squares, outlier_tokens
-from .places import ObjectPlace, Place, place
+from .places import LocalPlace, ObjectPlace, Place, place
 from .states import StateWriter
 
 
@@ -89,6 +90,8 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         if (self.folder / PART_JSON).size() is not None:
             raise PartExists(self.folder)
+        if isinstance(self.folder, LocalPlace) and self.folder.path.exists():
+            raise UserError(f"{self.folder} exists without a {PART_JSON}: it is damaged; run `store repair`, or remove it")
         shutil.rmtree(self._temporary, ignore_errors=True)  # of a dead process with our host and pid
         self._temporary.mkdir(parents=True)
         self._plain = {
@@ -246,8 +249,9 @@ def publish(temporary: Path, folder: Place, data: str | None) -> None:
         try:
             (folder / PART_JSON).create((temporary / PART_JSON).read_bytes())
         except FileExistsError:
-            (folder.parent / data).remove()
-            raise PartExists(folder) from None
+            if json.loads((folder / PART_JSON).read())["data"] != data:  # else it is ours: an earlier try's answer was lost
+                (folder.parent / data).remove()
+                raise PartExists(folder) from None
         return
     try:
         os.rename(temporary, folder.path)

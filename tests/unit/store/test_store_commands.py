@@ -11,11 +11,12 @@ import pytest
 from eagle3_offline.records import Reject, UserError
 from eagle3_offline.store.background import BackgroundPart
 from eagle3_offline.store.estimate import estimate
-from eagle3_offline.store.format import Sizes
+from eagle3_offline.store.format import OtherVersion, Sizes
 from eagle3_offline.store.info import entropy_ratio, info
 from eagle3_offline.store.merge import merge
+from eagle3_offline.store.places import LocalPlace
 from eagle3_offline.store.reader import Dump
-from eagle3_offline.store.repair import repair
+from eagle3_offline.store.repair import abandoned, repair
 from eagle3_offline.store.seal import missing_units, seal
 from eagle3_offline.store.verify import verify
 from eagle3_offline.store.writer import PartWriter
@@ -91,6 +92,34 @@ def test_repair_drops_what_is_bad_and_a_rerun_completes(dump, write_parts, spec,
     assert {name: (dump / name).read_bytes() for name in before} == before and verify(dump) == []
 
 
+def test_repair_touches_nothing_that_it_cannot_judge(dump, monkeypatch):
+    part = dump / "parts" / "unit-00001" / "part.json"
+    whole = part.read_bytes()
+    part.write_bytes(whole.replace(b'"format_version": 2', b'"format_version": 1', 1))
+    with pytest.raises(OtherVersion, match="use the release that wrote it"):
+        repair(dump)
+    part.write_bytes(whole)
+    stray = dump / "parts" / "unit-00001" / ".nfs0001"
+    stray.write_bytes(b"")
+    assert repair(dump)["dropped"] == {} and stray.exists()
+
+    def stale(path):
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr(LocalPlace, "open", lambda self: stale(self.path))
+    with pytest.raises(OSError, match="Stale"):
+        repair(dump)
+    assert len(list((dump / "parts").glob("unit-*"))) == 3
+
+
+@pytest.mark.parametrize("name", [".unit-00003.{host}2.4194305.tmp", ".unit-00003.x{host}.4194305.tmp", ".unit-00003.{host}.none.tmp"])
+def test_another_hosts_part_is_not_taken_for_ours(tmp_path, name):
+    folder = tmp_path / name.format(host=socket.gethostname())
+    folder.mkdir()
+    assert not abandoned(LocalPlace(folder), stale_hours=1)
+    assert abandoned(LocalPlace(folder), stale_hours=-1)
+
+
 # -- info and estimate
 
 
@@ -113,7 +142,7 @@ def test_entropy_ratio_by_hand():
 
 def test_estimate(make_spec):
     spec = make_spec(hidden_size=4096, vocab_size=128256, layers=(2, 16, 29), codec="none", last_codec="none")
-    found = estimate(spec, rows=5000, tokens=3_000_000, supervised=1_800_000, tokens_per_second=10_000)
+    found = estimate(spec, rows=5000, tokens=3_000_000, teachers=1_800_000, tokens_per_second=10_000)
     assert found.raw_bytes == 3_000_000 * 4 * 4096 * 2
     assert found.bytes == 3_000_000 * (3 * 4096 * 2 + 4) + 1_800_000 * 4096 * 2
     assert found.hours == pytest.approx(300 / 3600)
@@ -149,6 +178,9 @@ def test_memory_is_used_again(dump):
     for i in (2, 1, 5, 2):
         sample = opened.sample(i, aux=memory)
         assert np.shares_memory(sample.aux, memory) and (sample.aux == opened.sample(i).aux).all()
+    for wrong in (memory.astype(np.float32), memory[:63], memory[:, :31]):
+        with pytest.raises(UserError, match="the memory for aux"):
+            opened.sample(2, aux=wrong)
 
 
 # -- the background writer

@@ -167,3 +167,10 @@ def test_a_part_without_rows(make_spec, tmp_path, codec):
     with PartWriter(tmp_path, 0, "train", spec) as writer:
         writer.seal()
     assert Part(LocalPlace(tmp_path / "parts" / "unit-00000"), spec).states["last"].read(0, 0).shape == (0, H)
+
+
+def test_values_whose_squares_overflow_are_kept_exactly():
+    huge = to_storage(np.array([[1e20, 1e25], [1e20, 1e25]], np.float32), "bfloat16")
+    assert quantise("fp8", huge, "bfloat16", np.zeros(2, bool)).columns.tolist() == [0]
+    largest = np.array([[0x7F7F, 0x3F80]] * 2, np.uint16)  # 3.39e38 rounds to infinity
+    assert quantise("bitround", largest, "bfloat16", np.zeros(2, bool)).columns.tolist() == [0]
