@@ -201,6 +201,9 @@ class Shard:
         if (present.sum(1) > self._file.size - tail).any():
             raise UserError(f"{where}: its index points beyond its {self._file.size} bytes: {MEND}")
 
+    def will_need(self, offset: int, size: int) -> None:
+        self._file.will_need(offset, size)
+
     def read(self, offset: int, size: int) -> np.ndarray:
         """[size] uint8"""
         data = np.frombuffer(self._file.read_range(offset, size), np.uint8)
@@ -249,16 +252,35 @@ class ArrayReader:
         """Entries [start, stop) into `out` [stop - start, ...], which may be columns of a wider array."""
         if not 0 <= start <= stop <= self.length:
             raise UserError(f"{self.where} has {self.length} entries; asked for [{start}, {stop}): its part is damaged, {MEND}")
-        shard_rows = self.layout.chunk_rows * self.layout.chunks_per_shard
-        for shard in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
-            begin = shard * shard_rows
-            low, high = max(start, begin), min(stop, begin + shard_rows)
+        for shard, low, high in self._shards(start, stop):
+            begin = shard * self._shard_rows
             self._read_shard(shard, low - begin, high - begin, out[low - start : high - start])
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the disk fetch what `read_into` of this range will read, while something else is decoded."""
+        for shard, low, high in self._shards(start, min(stop, self.length)):
+            opened, begin = self._opened(shard), shard * self._shard_rows
+            first, last = (low - begin) // self.layout.chunk_rows, (high - 1 - begin) // self.layout.chunk_rows
+            offset = int(opened.index[first, 0])
+            opened.will_need(offset, max(0, int(opened.index[last].sum()) - offset))
+
+    @property
+    def _shard_rows(self) -> int:
+        return self.layout.chunk_rows * self.layout.chunks_per_shard
+
+    def _shards(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, low, high): entries [low, high) of a range lie in that shard."""
+        rows = self._shard_rows
+        shards = range(start // rows, -(-stop // rows) if stop > start else 0)
+        return [(shard, max(start, shard * rows), min(stop, (shard + 1) * rows)) for shard in shards]
+
+    def _opened(self, shard: int) -> Shard:
+        return self._open_shard(self.where / shard_file(self.layout, shard), self.layout.chunks_per_shard)
 
     def _read_shard(self, shard: int, low: int, high: int, out: np.ndarray) -> None:
         """Fill `out` with entries [low, high) of a shard."""
         rows = self.layout.chunk_rows
-        opened = self._open_shard(self.where / shard_file(self.layout, shard), self.layout.chunks_per_shard)
+        opened = self._opened(shard)
         first, last = low // rows, (high - 1) // rows
         entries = opened.index[first : last + 1].tolist()
         if [_ABSENT, _ABSENT] in entries:

@@ -117,6 +117,10 @@ class Part:
         if not 0 <= first < stop <= length:
             raise UserError(f"asked for tokens [{first}, {stop}) of a row with {length}")
         low, high, positions = self._teacher_range(row, turns, length, first, stop)
+        for array in arrays:
+            self.states[array].will_need(begin + first, begin + stop)
+        if not self._spec.compact:
+            self.states["last"].will_need(low, high)
         return Sample(
             id=name,
             input_ids=self._plain["input_ids"].read(begin + first, begin + stop),

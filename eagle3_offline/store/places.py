@@ -26,6 +26,9 @@ class File(Protocol):
 
     def read_range(self, offset: int, size: int) -> bytes | memoryview: ...
 
+    def will_need(self, offset: int, size: int) -> None:
+        """A range that will be read soon: where it can be fetched meanwhile, it is."""
+
 
 class Place(Protocol):
     """A file or folder of a dump. Missing files raise FileNotFoundError, all other failures OSError."""
@@ -143,6 +146,9 @@ class LocalFile:
     def read_range(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
 
+    def will_need(self, offset: int, size: int) -> None:
+        os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Object storage
@@ -239,6 +245,9 @@ class ObjectFile:
 
     def read_range(self, offset: int, size: int) -> memoryview:
         return self._where.read_range(offset, size)
+
+    def will_need(self, offset: int, size: int) -> None:
+        pass
 
 
 _CLIENT_PROCESS: list[int] = []  # the process that first used object storage

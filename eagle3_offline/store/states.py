@@ -126,6 +126,10 @@ class StateReader:
             self._put_columns(start, stop, out)
             self._put_tokens(start, stop, out)
 
+    def will_need(self, start: int, stop: int) -> None:
+        """As ArrayReader.will_need."""
+        self._main.will_need(start, stop)
+
     def _dequantise(self, start: int, stop: int, out: np.ndarray) -> None:
         main = scratch("quantised", (stop - start, self.width), self._main.layout.dtype)
         self._main.read_into(start, stop, main)
