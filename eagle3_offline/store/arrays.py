@@ -190,8 +190,8 @@ class Shard:
         self.where = where
         try:
             self._file = where.open()
-        except OSError as error:
-            raise UserError(f"{where} cannot be opened ({error.strerror}): {MEND}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{where} is missing: it cannot be opened; {MEND}") from None
         tail = chunks * 16 + _CRC_BYTES
         data = self.read(max(0, self._file.size - tail), tail)
         if not _crc_fits(data):

@@ -176,6 +176,8 @@ class Dump:
             return read(part, row)
         except UserError as error:
             raise UserError(f"row {i} ({self.ids(i)}): {error}") from None
+        except OSError as error:  # the storage, not the dump
+            raise OSError(error.errno, f"row {i} ({self.ids(i)}): {error.strerror}", error.filename) from None
 
     def _open_part(self, number: int) -> Part:
         entry = self.manifest["parts"][number]

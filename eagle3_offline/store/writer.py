@@ -243,11 +243,7 @@ def publish(temporary: Path, folder: Place, data: str | None) -> None:
         for file in sorted(temporary.rglob("*")):
             if file.is_file() and file != temporary / PART_JSON:
                 (folder.parent / data / file.relative_to(temporary).as_posix()).upload(file)
-        try:
-            (folder / PART_JSON).create((temporary / PART_JSON).read_bytes())
-        except FileExistsError:
-            (folder.parent / data).remove()
-            raise PartExists(folder) from None
+        _create_part_json(folder, data, (temporary / PART_JSON).read_bytes())
         return
     try:
         os.rename(temporary, folder.path)
@@ -256,6 +252,17 @@ def publish(temporary: Path, folder: Place, data: str | None) -> None:
             raise PartExists(folder) from None
         raise
     fsync_path(folder.path.parent)
+
+
+def _create_part_json(folder: Place, data: str, content: bytes) -> None:
+    """Send `part.json`, or remove the arrays of an attempt that lost against another."""
+    try:
+        (folder / PART_JSON).create(content)
+    except FileExistsError:
+        if (folder / PART_JSON).read() == content:
+            return  # it is ours: the client repeated a request whose answer was lost
+        (folder.parent / data).remove()
+        raise PartExists(folder) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
