@@ -8,6 +8,7 @@ Chunks wholly beyond the array's end have offset and size 2^64-1; every other ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -100,7 +101,8 @@ class ArrayWriter:
             encoding.cancel()
         self._encoding.clear()
         if self._shard is not None:
-            self._shard.handle.close()
+            with contextlib.suppress(OSError):  # what it could not write, it tries once more
+                self._shard.handle.close()
             self._shard = None
 
     def _empty_chunk(self) -> np.ndarray:

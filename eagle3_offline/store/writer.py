@@ -5,11 +5,13 @@ Legend: T tokens, H hidden size, C channels of all captured states, V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from .format import (
     with_digest,
 )
 from .numeric import all_finite, channel_squares, outlier_tokens
-from .places import ObjectPlace, Place, place
+from .places import LocalPlace, ObjectPlace, Place, place
 from .states import StateWriter
 
 
@@ -89,8 +91,13 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         if (self.folder / PART_JSON).size() is not None:
             raise PartExists(self.folder)
+        if self.folder.sizes():
+            raise UserError(
+                f"{self.folder} is there without its {PART_JSON}, so it is damaged: drop it with `store repair`, then run again"
+            )
         shutil.rmtree(self._temporary, ignore_errors=True)  # of a dead process with our host and pid
-        self._temporary.mkdir(parents=True)
+        with self._storing():
+            self._temporary.mkdir(parents=True)
         self._plain = {
             name: ArrayWriter(self._temporary / name, layout, self._pool, self._waiting)
             for name, layout in plain_layouts(self.spec, self._sizes).items()
@@ -120,10 +127,12 @@ class PartWriter:
             if not np.isfinite(squares).all():
                 raise BadRow(f"row {captured.row.id}: values of {name} are too large: the sum of their squares is infinite; reject the row")
         self._failed = True  # until the row is complete
-        self._append_row(captured)
-        for name, states in pieces.items():
-            self._states[name].append(states, outliers[name])
-            self._sumsq[name] += sums[name]
+        with self._storing():
+            self._append_row(captured)
+            for name, states in pieces.items():
+                self._states[name].append(states, outliers[name])
+        for name, squares in sums.items():
+            self._sumsq[name] += squares
             self._sumsq_tokens[name] += int((~outliers[name]).sum())
         self._failed = False
 
@@ -140,6 +149,17 @@ class PartWriter:
         if self._failed:
             raise UserError(f"{self.folder}: it was sealed, or writing failed before, so its arrays are incomplete; dump the unit again")
         self._failed = True  # a seal that was interrupted cannot be taken up again
+        with self._storing():
+            files = self._finish_arrays()
+            content = self._content(files)
+            write_bytes(self._temporary / PART_JSON, json_bytes(content))
+            fsync_path(self._temporary)
+            self._check_files(files)
+            publish(self._temporary, self.folder, self._data)
+        return content
+
+    def _finish_arrays(self) -> dict[str, dict[str, Any]]:
+        """Path in the part -> record of every file."""
         self._append_small_arrays()
         files = {"zarr.json": write_bytes(self._temporary / "zarr.json", json_bytes(GROUP_METADATA))}
         for array in (*self._plain.values(), *self._states.values()):
@@ -148,11 +168,26 @@ class PartWriter:
         for array in arrays:
             fsync_path(array.folder)
             files |= {f"{array.folder.name}/{file}": record for file, record in array.files.items()}
-        content = self._content(files)
-        write_bytes(self._temporary / PART_JSON, json_bytes(content))
-        fsync_path(self._temporary)
-        publish(self._temporary, self.folder, self._data)
-        return content
+        return files
+
+    def _check_files(self, files: dict[str, dict[str, Any]]) -> None:
+        """What was written must still be there, all of it: another hand may have been at the unfinished folder."""
+        there = LocalPlace(self._temporary).sizes()
+        for name, record in files.items():
+            if there.get(name) != record["bytes"]:
+                raise FileNotFoundError(errno.ENOENT, "missing or short", str(self._temporary / name))
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """A disk's error says no more than `No space left on device`: add which part, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            text, number = error.strerror or str(error), error.errno
+            if isinstance(error, FileNotFoundError):
+                text, number = "what was written of it has vanished", errno.ESTALE
+            text = f"{text}: {self.folder} was not published; mend this and run the same command again"
+            raise OSError(number, text, error.filename or str(self._temporary)) from error
 
     def _check_id(self, name: str) -> None:
         if not name:
