@@ -70,10 +70,9 @@ class Writers:
 
 
 def records(dump):
-    """Size and digest of every file below `parts`, unfinished parts aside."""
-    files = [path for path in (dump / "parts").rglob("*") if path.is_file()]
-    names = {path.relative_to(dump).as_posix(): path for path in files}
-    return {name: file_record(LocalPlace(path)) for name, path in names.items() if not name.startswith("parts/.")}
+    """Path below `parts` -> size and digest of every file of what has its final name."""
+    files = [path for part in (dump / "parts").glob("unit-*") for path in part.rglob("*") if path.is_file()]
+    return {path.relative_to(dump / "parts").as_posix(): file_record(LocalPlace(path)) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def check_what_is_sealed(dump, files):
     there = records(dump)
     assert {name: files[name] for name in there} == there
     sealed_units = {path.parent.name for path in (dump / "parts").glob(f"unit-*/{PART_JSON}")}
-    assert {name for name in files if name.split("/")[1] in sealed_units} == set(there)
+    assert {name for name in files if name.split("/")[0] in sealed_units} == set(there)
 
 
 @pytest.mark.campaign
