@@ -5,6 +5,7 @@ Only what a dump needs: files that are written once, read whole or in ranges, an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -109,8 +110,12 @@ class LocalPlace:
             return None
 
     def sizes(self) -> dict[str, int]:
-        files = (file for file in self.path.rglob("*") if file.is_file())
-        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+        found = {}
+        for folder, _, names in os.walk(self.path):  # unlike rglob it bears folders that vanish meanwhile
+            for file in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return found
 
     def folders(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir()) if self.path.is_dir() else []

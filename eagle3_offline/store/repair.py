@@ -53,7 +53,10 @@ def abandoned(folder: Place, stale_hours: float) -> bool:
     pieces = folder.name.rsplit(".", 2)
     if socket.gethostname() in folder.name and pieces[-2].isdigit():
         return not _alive(int(pieces[-2]))
-    return time.time() - _newest(folder.path.rglob("*"), folder.path) > stale_hours * 3600
+    try:
+        return time.time() - _newest(folder.path.rglob("*"), folder.path) > stale_hours * 3600
+    except FileNotFoundError:
+        return False  # it was published, or its files are being removed: someone is at it
 
 
 def _alive(pid: int) -> bool:

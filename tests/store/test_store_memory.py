@@ -29,6 +29,6 @@ def test_a_unit_streams_through_bounded_memory(tmp_path, codec):
     found = json.loads(done.stdout)
     raw = tokens * 4 * hidden * 2
     print(
-        f"\n{codec}: {raw / MB:,.0f} MB of states, grew by {found['growth'] / MB:,.0f} MB, {found['seconds']} s, {found['stored_bytes']:,} B"
+        f"\n{codec}: {raw / MB:,.0f} MB, grew by {found['growth'] / MB:,.0f} MB, {found['seconds']} s, {found['stored_bytes']:,} B stored"
     )
     assert found["tokens"] == tokens and found["growth"] < queue + allowed < raw
