@@ -13,7 +13,7 @@ import numpy as np
 from ..records import SPLITS, Sample, UserError
 from .arrays import Shard
 from .files import MEND, check, read_tensors, size_problem, tensor_dtypes
-from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, layer_name, with_digest_checked
+from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, json_bytes, layer_name, with_digest_checked
 from .part import Part
 from .places import Place, place
 from .target_files import BASIS, TENSORS
@@ -27,9 +27,13 @@ def read_manifest(where: Place | Path | str) -> dict[str, Any]:
     """The content of `dump.json`."""
     file = place(where) / MANIFEST
     try:
-        return with_digest_checked(file.read(), file)
+        data = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist; expected a sealed dump: run `eagle3-offline store seal`, or name another folder") from None
+    manifest = with_digest_checked(data, file)
+    if data != json_bytes(manifest):  # no other record would notice a byte of white space
+        raise UserError(f"{file} is not written as this format writes it; it was changed or damaged: {MEND}")
+    return manifest
 
 
 class Dump:
@@ -181,4 +185,6 @@ class Dump:
 
     def _open_part(self, number: int) -> Part:
         entry = self.manifest["parts"][number]
-        return Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        part = Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        part.forget_rows()
+        return part
