@@ -8,6 +8,7 @@ Chunks wholly beyond the array's end have offset and size 2^64-1; every other ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -100,7 +101,8 @@ class ArrayWriter:
             encoding.cancel()
         self._encoding.clear()
         if self._shard is not None:
-            self._shard.handle.close()
+            with contextlib.suppress(OSError):  # what it could not write, it tries once more
+                self._shard.handle.close()
             self._shard = None
 
     def _empty_chunk(self) -> np.ndarray:
@@ -190,8 +192,8 @@ class Shard:
         self.where = where
         try:
             self._file = where.open()
-        except OSError as error:
-            raise UserError(f"{where} cannot be opened ({error.strerror}): {MEND}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{where} is missing: it cannot be opened; {MEND}") from None
         tail = chunks * 16 + _CRC_BYTES
         data = self.read(max(0, self._file.size - tail), tail)
         if not _crc_fits(data):

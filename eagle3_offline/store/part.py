@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from ..records import Sample, TopLogits, UserError
 from .arrays import ArrayReader, Shard
 from .files import MEND, read_checked, size_problem
-from .format import PART_JSON, DumpSpec, last_positions, plain_layouts, state_layouts, with_digest_checked
+from .format import PART_JSON, DumpSpec, check_version, last_positions, plain_layouts, state_layouts, with_digest_checked
 from .lazy import lazy
 from .places import Place
 from .states import StateReader
@@ -22,7 +23,9 @@ def read_part_json(folder: Place, record: Mapping[str, Any] | None = None) -> di
     """The part's own account of itself; compared with the manifest's record where one is given."""
     where = folder / PART_JSON
     if record is not None:
-        return with_digest_checked(read_checked(where, record), where)
+        content = json.loads(read_checked(where, record))  # so its own digest has nothing to add
+        check_version(content["format_version"], where)
+        return content
     try:
         return with_digest_checked(where.read(), where)
     except (FileNotFoundError, NotADirectoryError):
@@ -47,6 +50,10 @@ class Part:
         for name, file in self.content["files"].items():
             if text := size_problem(self.data / name, sizes.get(name), file):
                 raise UserError(text)
+
+    def forget_rows(self) -> None:
+        """Drop the account of each row: a dump has it in its row table, and those of a million rows would fill memory."""
+        self.content = {name: value for name, value in self.content.items() if name not in ("rows", "rejects")}
 
     # -- whole arrays, read when first needed
 

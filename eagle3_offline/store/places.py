@@ -5,6 +5,8 @@ Only what a dump needs: files that are written once, read whole or in ranges, an
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -111,8 +113,12 @@ class LocalPlace:
             return None
 
     def sizes(self) -> dict[str, int]:
-        files = (file for file in self.path.rglob("*") if file.is_file())
-        return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
+        found = {}
+        for folder, _, names in os.walk(self.path):  # unlike rglob it bears folders that vanish meanwhile
+            for file in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    found[file.relative_to(self.path).as_posix()] = file.stat().st_size
+        return found
 
     def folders(self) -> list[str]:
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir()) if self.path.is_dir() else []
@@ -186,7 +192,7 @@ class ObjectPlace:
     def open(self) -> ObjectFile:
         size = self.size()
         if size is None:
-            raise FileNotFoundError(2, "No such object", self.url)
+            raise FileNotFoundError(errno.ENOENT, "No such object", self.url)
         return ObjectFile(self, size)
 
     def read_range(self, offset: int, size: int) -> memoryview:
@@ -231,11 +237,14 @@ class ObjectPlace:
         try:
             return work(obstore, _client(self._bucket, os.getpid()))
         except (FileNotFoundError, NotFoundError):
-            raise FileNotFoundError(2, "No such object", self.url) from None
+            raise FileNotFoundError(errno.ENOENT, "No such object", self.url) from None
         except AlreadyExistsError:
-            raise FileExistsError(17, "The object exists", self.url) from None
+            raise FileExistsError(errno.EEXIST, "The object exists", self.url) from None
         except BaseError as error:
-            raise OSError(5, f"{error}".split("\n")[0], self.url) from None
+            text = f"{error}".split("\n")[0].strip()
+            raise OSError(
+                errno.EIO, f"Object storage cannot be reached or refuses; check AWS_ENDPOINT and AWS_* ({text})", self.url
+            ) from None
 
 
 class ObjectFile:

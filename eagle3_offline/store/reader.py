@@ -13,7 +13,7 @@ import numpy as np
 from ..records import SPLITS, Sample, UserError
 from .arrays import Shard
 from .files import MEND, check, read_tensors, size_problem, tensor_dtypes
-from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, layer_name, with_digest_checked
+from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, json_bytes, layer_name, with_digest_checked
 from .lazy import lazy
 from .part import Part
 from .places import Place, place
@@ -28,9 +28,13 @@ def read_manifest(where: Place | Path | str) -> dict[str, Any]:
     """The content of `dump.json`."""
     file = place(where) / MANIFEST
     try:
-        return with_digest_checked(file.read(), file)
+        data = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist; expected a sealed dump: run `eagle3-offline store seal`, or name another folder") from None
+    manifest = with_digest_checked(data, file)
+    if data != json_bytes(manifest):  # no other record would notice a byte of white space
+        raise UserError(f"{file} is not written as this format writes it; it was changed or damaged: {MEND}")
+    return manifest
 
 
 class Dump:
@@ -177,9 +181,11 @@ class Dump:
             return read(part, row)
         except UserError as error:
             raise UserError(f"row {i} ({self.ids(i)}): {error}") from None
+        except OSError as error:  # the storage, not the dump
+            raise OSError(error.errno, f"row {i} ({self.ids(i)}): {error.strerror}", error.filename) from None
 
     def _open_part(self, number: int) -> Part:
         entry = self.manifest["parts"][number]
         part = Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
-        del part.content["rows"], part.content["rejects"]  # the row table has what is needed of them; a million would take 0.6 GB
+        part.forget_rows()
         return part

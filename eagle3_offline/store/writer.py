@@ -5,12 +5,13 @@ Legend: T tokens, H hidden size, C channels of all captured states, V vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,13 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         if (self.folder / PART_JSON).size() is not None:
             raise PartExists(self.folder)
-        if isinstance(self.folder, LocalPlace) and self.folder.path.exists():
-            raise UserError(f"{self.folder} exists without a {PART_JSON}: it is damaged; run `store repair`, or remove it")
+        if self.folder.sizes():
+            raise UserError(
+                f"{self.folder} is there without its {PART_JSON}, so it is damaged: drop it with `store repair`, then run again"
+            )
         shutil.rmtree(self._temporary, ignore_errors=True)  # of a dead process with our host and pid
-        self._temporary.mkdir(parents=True)
+        with self._storing():
+            self._temporary.mkdir(parents=True)
         self._plain = {
             name: ArrayWriter(self._temporary / name, layout, self._pool, self._waiting)
             for name, layout in plain_layouts(self.spec, self._sizes).items()
@@ -123,10 +127,12 @@ class PartWriter:
             if not np.isfinite(squares).all():
                 raise BadRow(f"row {captured.row.id}: values of {name} are too large: the sum of their squares is infinite; reject the row")
         self._failed = True  # until the row is complete
-        self._append_row(captured)
-        for name, states in pieces.items():
-            self._states[name].append(states, outliers[name])
-            self._sumsq[name] += sums[name]
+        with self._storing():
+            self._append_row(captured)
+            for name, states in pieces.items():
+                self._states[name].append(states, outliers[name])
+        for name, squares in sums.items():
+            self._sumsq[name] += squares
             self._sumsq_tokens[name] += int((~outliers[name]).sum())
         self._failed = False
 
@@ -143,6 +149,17 @@ class PartWriter:
         if self._failed:
             raise UserError(f"{self.folder}: it was sealed, or writing failed before, so its arrays are incomplete; dump the unit again")
         self._failed = True  # a seal that was interrupted cannot be taken up again
+        with self._storing():
+            files = self._finish_arrays()
+            content = self._content(files)
+            write_bytes(self._temporary / PART_JSON, json_bytes(content))
+            fsync_path(self._temporary)
+            self._check_files(files)
+            publish(self._temporary, self.folder, self._data)
+        return content
+
+    def _finish_arrays(self) -> dict[str, dict[str, Any]]:
+        """Path in the part -> record of every file."""
         self._append_small_arrays()
         files = {"zarr.json": write_bytes(self._temporary / "zarr.json", json_bytes(GROUP_METADATA))}
         for array in (*self._plain.values(), *self._states.values()):
@@ -151,11 +168,26 @@ class PartWriter:
         for array in arrays:
             fsync_path(array.folder)
             files |= {f"{array.folder.name}/{file}": record for file, record in array.files.items()}
-        content = self._content(files)
-        write_bytes(self._temporary / PART_JSON, json_bytes(content))
-        fsync_path(self._temporary)
-        publish(self._temporary, self.folder, self._data)
-        return content
+        return files
+
+    def _check_files(self, files: dict[str, dict[str, Any]]) -> None:
+        """What was written must still be there, all of it: another hand may have been at the unfinished folder."""
+        there = LocalPlace(self._temporary).sizes()
+        for name, record in files.items():
+            if there.get(name) != record["bytes"]:
+                raise FileNotFoundError(errno.ENOENT, "missing or short", str(self._temporary / name))
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """A disk's error says no more than `No space left on device`: add which part, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            text, number = error.strerror or str(error), error.errno
+            if isinstance(error, FileNotFoundError):
+                text, number = "what was written of it has vanished", errno.ESTALE
+            text = f"{text}: {self.folder} was not published; mend this and run the same command again"
+            raise OSError(number, text, error.filename or str(self._temporary)) from error
 
     def _check_id(self, name: str) -> None:
         if not name:
@@ -246,12 +278,7 @@ def publish(temporary: Path, folder: Place, data: str | None) -> None:
         for file in sorted(temporary.rglob("*")):
             if file.is_file() and file != temporary / PART_JSON:
                 (folder.parent / data / file.relative_to(temporary).as_posix()).upload(file)
-        try:
-            (folder / PART_JSON).create((temporary / PART_JSON).read_bytes())
-        except FileExistsError:
-            if json.loads((folder / PART_JSON).read())["data"] != data:  # else it is ours: an earlier try's answer was lost
-                (folder.parent / data).remove()
-                raise PartExists(folder) from None
+        _create_part_json(folder, data, (temporary / PART_JSON).read_bytes())
         return
     try:
         os.rename(temporary, folder.path)
@@ -260,6 +287,17 @@ def publish(temporary: Path, folder: Place, data: str | None) -> None:
             raise PartExists(folder) from None
         raise
     fsync_path(folder.path.parent)
+
+
+def _create_part_json(folder: Place, data: str, content: bytes) -> None:
+    """Send `part.json`, or remove the arrays of an attempt that lost against another."""
+    try:
+        (folder / PART_JSON).create(content)
+    except FileExistsError:
+        if (folder / PART_JSON).read() == content:
+            return  # it is ours: the client repeated a request whose answer was lost
+        (folder.parent / data).remove()
+        raise PartExists(folder) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
