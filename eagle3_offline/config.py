@@ -139,6 +139,7 @@ class TrainConfig:
     draft: str = opt("draft", "name of the draft: its folder is RUN/drafts/NAME")
     draft_vocab_size: int = opt(32000, "tokens that the draft can propose, the most frequent ones of the train answers")
     ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
+    layers: list[int] = opt([], "which of the dump's captured layers the draft reads, boundary indices; empty: all of them")
     step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"

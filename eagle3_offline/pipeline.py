@@ -24,7 +24,6 @@ from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.places import is_remote, place
 from .store.seal import sealed
-from .store.target_files import carried
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder
 from .target.smollm2 import smollm2_folder
@@ -62,6 +61,10 @@ def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSign
     return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
 
 
+def fit_basis(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
+    return capture_dump.fit_basis(run, recipe, _target(run, recipe), stop)
+
+
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
     return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, _target(run, recipe)), allow_partial)
 
@@ -90,7 +93,7 @@ def status(run: Run) -> Summary:
 
 
 def export_draft(run: Run, recipe: Recipe) -> Summary:
-    return export(run.draft(recipe.train.draft), carried(run.dump), recipe.export)
+    return export(run.draft(recipe.train.draft), recipe.export)
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,19 @@ from ..records import Summary, UserError
 from ..runs import atomic_folder
 from .model import DraftHead
 from .settings import DraftSettings
-from .trained import load_trained
-from .vocabulary import DraftVocabulary
+from .trained import TrainedDraft, load_trained, target_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
-def export(draft_folder: Path, target_files: Mapping[str, bytes], config: ExportConfig) -> Summary:
-    """Export a trained draft to draft_folder/export, whole or not at all, and load it back.
-
-    target_files: the target's small files by name, as the dump carries them.
-    """
-    trained = load_trained(draft_folder)
-    target_config = json.loads(target_files["config.json"])
+def export(draft_folder: Path, config: ExportConfig) -> Summary:
+    """Export a trained draft to draft_folder/export, whole or not at all, and load it back. Needs no dump."""
+    trained, carried = load_trained(draft_folder), target_files(draft_folder)
+    target_config = json.loads(carried["config.json"])
     special_ids = {key: target_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     about = {
         "channel_scale": "folded into fc" if trained.aux_scale is not None else "none",
+        "projection": "none" if trained.projection is None else f"rank {trained.projection.shape[1]}, folded into fc",
         "layer_convention": "boundary",
         "layers": list(trained.head.settings.layers),
         **trained.about,
@@ -43,18 +39,21 @@ def export(draft_folder: Path, target_files: Mapping[str, bytes], config: Export
     folder = draft_folder / "export"
     config_json = export_config(trained.head.settings, config.dtype, special_ids, about)
     with atomic_folder(folder) as temporary:
-        write_export(temporary, trained.head, trained.vocabulary, config_json, trained.aux_scale)
+        write_export(temporary, trained, config_json)
         for name in TOKENIZER_FILES:
-            if name in target_files:
-                (temporary / name).write_bytes(target_files[name])
+            if name in carried:
+                (temporary / name).write_bytes(carried[name])
         read_export(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # an earlier export gives way only now
     return {"folder": str(folder), "to": config.to, "dtype": config.dtype, "bytes": sum(path.stat().st_size for path in folder.iterdir())}
 
 
-def fold_aux_scale(fc: Tensor, aux_scale: Tensor | None) -> Tensor:
-    """fc [H, A] such that fc_folded @ aux = fc @ (aux * aux_scale): an ordinary EAGLE-3 fc."""
-    return fc if aux_scale is None else fc * aux_scale
+def folded_fc(trained: TrainedDraft) -> Tensor:
+    """fc [H, n_aux * H] fp32 over raw captured states, an ordinary EAGLE-3 fc: folded @ aux = fc @ (aux @ P * aux_scale)."""
+    fc = trained.head.fc.weight.detach().float()
+    if trained.aux_scale is not None:
+        fc = fc * trained.aux_scale
+    return fc if trained.projection is None else fc @ trained.projection.T
 
 
 def export_config(settings: DraftSettings, dtype: str, special_ids: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
@@ -88,14 +87,14 @@ def export_config(settings: DraftSettings, dtype: str, special_ids: dict[str, An
     }
 
 
-def write_export(folder: Path, head: DraftHead, vocabulary: DraftVocabulary, config: dict[str, Any], aux_scale: Tensor | None) -> None:
-    """Write the weights (scale folded into fc) and the config into an existing folder."""
+def write_export(folder: Path, trained: TrainedDraft, config: dict[str, Any]) -> None:
+    """Write the weights (scale and projection folded into fc) and the config into an existing folder."""
     dtype = getattr(torch, config["torch_dtype"])
-    tensors = {name: tensor.detach().float() for name, tensor in head.state_dict().items()}
-    tensors["fc.weight"] = fold_aux_scale(tensors["fc.weight"], None if aux_scale is None else aux_scale.float())
+    tensors = {name: tensor.detach().float() for name, tensor in trained.head.state_dict().items()}
+    tensors["fc.weight"] = folded_fc(trained)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    tensors["d2t"] = torch.from_numpy(vocabulary.d2t)
-    tensors["t2d"] = torch.from_numpy(vocabulary.t2d(config["vocab_size"]))
+    tensors["d2t"] = torch.from_numpy(trained.vocabulary.d2t)
+    tensors["t2d"] = torch.from_numpy(trained.vocabulary.t2d(config["vocab_size"]))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -13,9 +13,9 @@ from .batch import DraftBatch
 from .teacher import TeacherRows
 
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """-sum_v teacher_v log softmax(logits)_v per row: [n]. Both [n, D]; teacher sums to 1."""
-    return logits.logsumexp(-1) - (teacher * logits).sum(-1)
+def soft_cross_entropy(logits: Tensor, columns: Tensor, teacher: Tensor) -> Tensor:
+    """-sum_v teacher_v log softmax(logits)_v per row: [n]. logits [n, D]; columns [n, m], those of the teacher's tokens; teacher [n, m]."""
+    return logits.logsumexp(-1) - (teacher * columns).sum(-1)
 
 
 def denominators(batches: list[DraftBatch], normalisation: str) -> Tensor:
@@ -44,12 +44,12 @@ def ttt_loss(
     denominator. Raises nothing: a batch without a live row has loss 0 (connected to the graph, for gradient hooks).
     """
     total = logits[0].sum() * 0.0
-    probabilities = teacher.logits.softmax(-1)  # [n_last, D], shared by the steps
+    inside = teacher.inside  # [n, m], shared by the steps
     per_step = []
     for k, step_logits in enumerate(logits):
         step = batch.steps[k]
         wide = step_logits if step_logits.dtype == torch.float64 else step_logits.float()
-        entropy = soft_cross_entropy(wide, probabilities[step.teacher].to(wide.dtype))
+        entropy = soft_cross_entropy(wide, teacher.columns(wide, step.teacher), inside[step.teacher].to(wide.dtype))
         weights = row_weights(batch, k, float(denominator[k]), normalisation).to(entropy)
         mean = (entropy * weights * teacher.argmax_known[step.teacher]).sum()
         total = total + step_decay**k * mean

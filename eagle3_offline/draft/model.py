@@ -1,6 +1,7 @@
 """The EAGLE-3 draft head. State-dict names are the interface to SGLang (arXiv 2503.01840; SGLang models/llama_eagle3.py).
 
-Legend: n rows, H hidden size, A = n_aux * H, D draft vocabulary, h heads, kv key/value heads, d head dim.
+Legend: n rows, H hidden size, A width of what fc reads (n_aux * H, or the rank of a projection), D draft vocabulary, h heads,
+kv key/value heads, d head dim.
 
 The head works on flat rows (no padding). Embeddings come from outside, so that the frozen table is no part of the
 optimiser or the checkpoints, and the rotary tables stay in fp32 whatever dtype the module is cast to.

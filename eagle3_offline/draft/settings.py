@@ -26,11 +26,12 @@ class DraftSettings:
     rope_parameters: dict[str, Any]  # rope_type, rope_theta and the scaling's own keys, as transformers 5 writes them
     max_position_embeddings: int
     hidden_act: str = "silu"
+    rank: int | None = None  # channels of the projection that fc reads, in training from a compact dump; None: the captured states
 
     @property
     def aux_width(self) -> int:
-        """Width of the concatenated captured states."""
-        return len(self.layers) * self.hidden_size
+        """Width of what fc reads: the concatenated captured states, or their projection."""
+        return self.rank or len(self.layers) * self.hidden_size
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}

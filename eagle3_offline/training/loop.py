@@ -16,11 +16,12 @@ from ..draft.batch import DraftBatch
 from ..draft.held_out import measure
 from ..draft.loss import denominators, ttt_loss
 from ..draft.model import DraftHead
-from ..draft.teacher import Teacher
+from ..draft.teacher import Teacher, teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, is_trained, save_trained
 from ..progress import StageProgress
 from ..records import Stopped, Summary, UserError
 from ..runs import Run, StopSignal, read_json, write_json
+from ..store.target_files import BASIS, carried
 from . import checkpoints
 from .data import Source, open_source, read_ahead
 from .distributed import Ranks, all_sum, native_bfloat16, start
@@ -49,7 +50,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
     source = source.to(ranks.device)
-    teacher = Teacher(source.lm_head, source.target_ids.to(ranks.device))
+    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
     training = Training(config, source, _engine(config, source, ranks), teacher, ranks)
     summary = _steps(training, folder, stop)
     if ranks.rank == 0:
@@ -193,7 +194,7 @@ def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
         chain=config.ttt_length, aux_scale=source.aux_scale, teacher=training.teacher,
     )  # fmt: skip
     if metrics:
-        metrics.evaluation({"step": step, **result.summary()})
+        metrics.evaluation({"step": step, **result.summary(), "teacher": teacher_name(source.top_k)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +204,9 @@ def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
 def _publish(folder: Path, source: Source, summary: Summary) -> None:
     weights = checkpoints.fp32_weights(folder / "checkpoints", summary["steps"])
     about = {"dump": source.dump.manifest["digest"], "target": source.dump.spec.target, "summary": summary}
-    save_trained(folder, weights, TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about))
+    basis = (source.dump.target / BASIS).read() if source.dump.spec.compact else None
+    draft = TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about, basis)
+    save_trained(folder, weights, draft, carried(source.dump.where))
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:

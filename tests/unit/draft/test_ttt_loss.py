@@ -7,7 +7,7 @@ import torch
 
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.loss import denominators, ttt_loss
-from eagle3_offline.draft.teacher import Teacher, TeacherRows, argmax
+from eagle3_offline.draft.teacher import FullTeacher, TeacherRows, argmax
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
 
@@ -120,7 +120,7 @@ def turn_by_hand(sample):
 def module_loss(head, samples, embed, lm_head, target_ids, normalisation):
     batch = collate(samples, K)
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
-    teacher = TeacherRows(batch.last @ lm_head[target_ids].T, known)
+    teacher = TeacherRows(batch.last @ lm_head[target_ids].T, None, known, None)
     logits = unroll(head, batch, embed, K)
     return ttt_loss(logits, batch, teacher, denominators([batch], normalisation), normalisation, DECAY)[0]
 
@@ -174,7 +174,7 @@ def test_streamed_teacher_equals_the_plain_one(lm_head, target_ids, sample, monk
     monkeypatch.setattr(teacher, "BLOCK", 7)
     batch = collate([sample], K)
     last = batch.last.float()
-    plain = Teacher(lm_head, target_ids)
+    plain = FullTeacher(lm_head, target_ids)
     rows = plain(batch)
     z = last @ lm_head.float().T
     assert torch.allclose(plain.log_normaliser(batch.last), z.logsumexp(-1), atol=1e-5)
