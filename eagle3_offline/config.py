@@ -141,6 +141,9 @@ class TrainConfig:
     ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
     layers: list[int] = opt([], "which of the dump's captured layers the draft reads, boundary indices; empty: all of them")
     step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
+    loss: Literal["soft cross-entropy", "lk-alpha", "lk-lambda"] = opt(
+        "soft cross-entropy", "of each row; the LK losses (arXiv 2602.23881) aim at the acceptance rate itself"
+    )
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )

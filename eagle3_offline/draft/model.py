@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .batch import DraftBatch
+from .loss import RowTerms, VocabularyHead
 from .settings import DraftSettings
 
 
@@ -90,9 +92,9 @@ class Layer(nn.Module):
         self.mlp = MLP(settings)
         self._rotary = Rotary(settings)
 
-    def mix(self, embedding: Tensor, g: Tensor) -> Tensor:
-        """[n, 2H]: normed embedding FIRST, then the normed feature or recurrent state."""
-        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(g)), dim=-1)
+    def mix(self, normed: Tensor, g: Tensor) -> Tensor:
+        """[n, 2H]: embeddings that input_layernorm has normed FIRST, then the normed feature or recurrent state."""
+        return torch.cat((normed, self.hidden_norm(g)), dim=-1)
 
     def query(self, u: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries [n, h, d] of mixed rows u [n, 2H]."""
@@ -119,17 +121,19 @@ class DraftHead(nn.Module):
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
         self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
-        self.lm_head = nn.Linear(settings.hidden_size, settings.draft_vocab_size, bias=False)
+        self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
     def logits(self, g: Tensor) -> Tensor:
         """Logits over the draft vocabulary [n, D] of recurrent states g [n, H]."""
         return self.lm_head(self.norm(g))
 
-    def forward(self, batch, embed: Tensor, steps: int) -> list[Tensor]:  # noqa: ANN001
-        """The training unroll (draft/unroll.py); through forward() because ZeRO-3 gathers parameters there."""
-        from .unroll import unroll
+    def forward(self, batch: DraftBatch, embed: Tensor, terms: RowTerms) -> tuple[Tensor, Tensor, Tensor]:
+        """The training unroll's loss (a scalar), and per step its mean cross-entropy and acceptance [K], detached."""
+        from .unroll import unrolled_states
 
-        return unroll(self, batch, embed, steps)
+        states = torch.cat(unrolled_states(self, batch, embed, len(batch.steps)))
+        loss = self.lm_head(self.norm(states), terms)
+        return loss, terms.entropy, terms.alpha
 
 
 def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, norm: Tensor | None = None) -> DraftHead:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,13 +30,13 @@ class TeacherRows:
     argmax_known: Tensor  # [n] bool: the whole vocabulary's argmax is in the draft vocabulary
     log_normaliser: Tensor | None  # [n] log-sum-exp over the whole vocabulary, where it was asked for
 
-    @property
+    @cached_property
     def inside(self) -> Tensor:
         """[n, m] the target's distribution over the draft's tokens (of a compact teacher: the kept ones), summing to 1; 0 without any."""
         shares = self.logits.softmax(-1)
         return shares if self.ids is None else shares * (self.logits > OUTSIDE / 2).any(-1, keepdim=True)
 
-    @property
+    @cached_property
     def true(self) -> Tensor:
         """[n, m] the target's true mass on each column's token."""
         return (self.logits - self.log_normaliser[:, None]).exp()

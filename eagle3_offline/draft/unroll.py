@@ -19,29 +19,35 @@ from .model import DraftHead
 
 
 def unroll(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
-    """Logits over the draft vocabulary per step: [n_k, D] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
+    """Logits over the draft vocabulary per step: [n_k, D] for the rows of batch.steps[k]."""
+    return [head.logits(g) for g in unrolled_states(head, batch, embed, steps)]
+
+
+def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
+    """The recurrent state per step: [n_k, H] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
     layer = head.midlayer
     dtype = head.fc.weight.dtype
     g = head.fc(batch.aux.to(dtype))  # [N, H]
-    u = layer.mix(embed[batch.tokens].to(dtype), g)
+    normed = layer.input_layernorm(embed[batch.tokens].to(dtype))  # [N, H]; what a row reads at step k is what row p + k reads at step 0
+    u = layer.mix(normed, g)
     keys, values = layer.key_value(u, batch.positions)  # [N, kv, d], what every step attends to
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
-    logits = []
+    states = []
     for k in range(steps):
         step = batch.steps[k]
         g = g[step.kept]
         if k:
             own_keys, own_values = [x[step.kept] for x in own_keys], [x[step.kept] for x in own_values]
-            u = layer.mix(embed[step.tokens].to(dtype), g)
+            u = layer.mix(normed[step.rows + k], g)
             key, value = layer.key_value(u, step.positions)
             own_keys, own_values = [*own_keys, key], [*own_values, value]
         else:
             u = u[step.kept]
         attended = _attend_segments(layer.query(u, step.positions), step, batch, keys, values, own_keys, own_values)
         g = layer.finish(g, attended)
-        logits.append(head.logits(g))
-    return logits
+        states.append(g)
+    return states
 
 
 def _attend_segments(

@@ -11,7 +11,7 @@ from eagle3_offline.config import ExportConfig
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.export import export, read_export
 from eagle3_offline.draft.held_out import measure
-from eagle3_offline.draft.loss import denominators, ttt_loss
+from eagle3_offline.draft.loss import Objective, RowTerms, denominators
 from eagle3_offline.draft.model import new_head
 from eagle3_offline.draft.teacher import CompactTeacher, FullTeacher
 from eagle3_offline.draft.trained import TrainedDraft, load_trained, save_trained
@@ -31,6 +31,11 @@ def compacted(sample, lm_head, k: int):
     values, ids = z.topk(k)
     top = TopLogits(ids.int().numpy(), (values - total[:, None]).float().numpy(), total.float().numpy())
     return dataclasses.replace(sample, last=None, top=top)
+
+
+def loss_of(head, batch, embed, teacher, name):
+    objective = Objective(name, "token", 0.8, denominators([batch], "token"), torch.full((K,), 0.3))
+    return head(batch, embed, RowTerms(batch, teacher(batch, whole=True), objective))[0]
 
 
 def test_the_teacher_is_the_full_one_restricted_to_the_kept_ids(sample, lm_head, target_ids):
@@ -59,8 +64,7 @@ def test_with_every_logit_kept_loss_and_measures_are_the_full_teachers(head, sam
     results = []
     for given, teacher in ((sample, FullTeacher(lm_head, target_ids)), (compact, CompactTeacher(VOCAB, target_ids))):
         batch = collate([given], K)
-        logits = unroll(head, batch, embed, K)
-        loss, _ = ttt_loss(logits, batch, teacher(batch), denominators([batch], "token"), "token", 0.8)
+        loss = loss_of(head, batch, embed, teacher, "lk-lambda")
         loss.backward()
         gradient = head.fc.weight.grad.clone()
         head.zero_grad()
@@ -79,7 +83,7 @@ def test_a_teacher_with_no_kept_id_inside_gives_no_loss_and_stays_finite(head, s
     compact = dataclasses.replace(compact, top=dataclasses.replace(compact.top, ids=np.full_like(compact.top.ids, outside[0])))
     batch = collate([compact], K)
     teacher = CompactTeacher(VOCAB, target_ids)
-    loss, _ = ttt_loss(unroll(head, batch, embed, K), batch, teacher(batch), denominators([batch], "token"), "token", 0.8)
+    loss = loss_of(head, batch, embed, teacher, "soft cross-entropy")
     loss.backward()
     assert loss.item() == 0.0 and all(torch.isfinite(p.grad).all() for p in head.parameters())
     found = measure(head, [compact], embed=embed, target_ids=target_ids, chain=K, teacher=teacher).summary()

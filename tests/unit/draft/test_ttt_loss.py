@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft.batch import collate
-from eagle3_offline.draft.loss import denominators, ttt_loss
+from eagle3_offline.draft.loss import Objective, RowTerms, denominators
 from eagle3_offline.draft.teacher import FullTeacher, TeacherRows, argmax
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
@@ -14,6 +15,7 @@ from eagle3_offline.records import turn_of_token
 from .conftest import TURNS, make_sample
 
 K, DECAY = 4, 0.8
+MEAN_ALPHA = [0.4, 0.3, 0.2, 0.1]  # of the optimiser step before, per step
 
 
 # -- the plain loop: no code of the project below this line but the weights' names
@@ -79,8 +81,22 @@ class PlainDraft:
         return out
 
 
-def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
-    """Sum over steps of DECAY**k times the mean cross-entropy, as the paper writes it."""
+def plain_row_loss(z, logits, target_ids, loss, mean_alpha):
+    """One row's loss as the papers write it: soft cross-entropy (EAGLE-3), -log alpha and the adaptive mixture (LK losses)."""
+    teacher, q = torch.softmax(z[target_ids], 0), torch.softmax(logits, 0)
+    entropy = -(teacher * torch.log(q)).sum()
+    if loss == "soft cross-entropy":
+        return entropy
+    true = torch.softmax(z, 0)  # over the whole vocabulary
+    alpha = sum(min(true[int(token)], q[i]) for i, token in enumerate(target_ids))
+    if loss == "lk-alpha":
+        return -torch.log(alpha)
+    w = math.exp(-3 * mean_alpha)
+    return w * entropy + (1 - w) * (1 - alpha)
+
+
+def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation, loss):
+    """Sum over steps of DECAY**k times the mean loss of the rows that are alive."""
     inside = set(target_ids.tolist())
     terms = {}  # (step, conversation) -> cross-entropies
     for number, s in enumerate(samples):
@@ -93,10 +109,9 @@ def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
                 continue
             for k, logits in zip(alive, draft.chain(p, x, aux, embed, len(alive)), strict=True):
                 z = lm_head @ last[p + 1 + k]
-                teacher = torch.softmax(z[target_ids], 0)
-                entropy = -(teacher * torch.log_softmax(logits, 0)).sum()
+                value = plain_row_loss(z, logits, target_ids, loss, MEAN_ALPHA[k])
                 kept = int(z.argmax()) in inside
-                terms.setdefault((k, number), []).append(entropy if kept else entropy * 0)
+                terms.setdefault((k, number), []).append(value if kept else value * 0)
     total = torch.zeros((), dtype=torch.float64)
     for k in range(K):
         rows = [values for (step, _), values in terms.items() if step == k]
@@ -117,25 +132,29 @@ def turn_by_hand(sample):
 # -- the comparison
 
 
-def module_loss(head, samples, embed, lm_head, target_ids, normalisation):
+def module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss):
     batch = collate(samples, K)
+    z = batch.last @ lm_head.T
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
-    teacher = TeacherRows(batch.last @ lm_head[target_ids].T, None, known, None)
-    logits = unroll(head, batch, embed, K)
-    return ttt_loss(logits, batch, teacher, denominators([batch], normalisation), normalisation, DECAY)[0]
+    teacher = TeacherRows(z[:, target_ids], None, known, z.logsumexp(-1))
+    objective = Objective(loss, normalisation, DECAY, denominators([batch], normalisation), torch.tensor(MEAN_ALPHA))
+    return head(batch, embed, RowTerms(batch, teacher, objective))[0]
 
 
+@pytest.mark.parametrize("block_rows", [3, 10**6])
 @pytest.mark.parametrize("normalisation", ["sequence", "token"])
-def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, normalisation):
+@pytest.mark.parametrize("loss", ["soft cross-entropy", "lk-alpha", "lk-lambda"])
+def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, loss, normalisation, block_rows, monkeypatch):
+    monkeypatch.setattr(draft_loss, "BLOCK_ELEMENTS", block_rows * len(target_ids))
     samples = [sample, make_sample("second", 10, ((4, 9),), seed=8), make_sample("no live row", 5, ((3, 4),), seed=9)]
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
-    plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation)
-    loss = module_loss(head, samples, embed, lm_head, target_ids, normalisation)
-    assert loss.item() == pytest.approx(plain.item(), abs=1e-6)  # the rotary tables are fp32
+    plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation, loss)
+    ours = module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss)
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-6)  # the rotary tables are fp32
     plain.backward()
-    loss.backward()
+    (3.0 * ours).backward()  # the accumulation multiplies it
     for name, parameter in head.named_parameters():
-        assert torch.allclose(parameter.grad, weights[name].grad, atol=1e-6, rtol=0), name
+        assert torch.allclose(parameter.grad / 3.0, weights[name].grad, atol=1e-6, rtol=0), name
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
 
 
