@@ -14,10 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
 
 BLOCK = 16384  # rows of W per block: [n, V] in fp32 never exists
 CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
+BFLOAT16_ERROR = 2**-8  # relative, of a rounded bfloat16 result: twice its bound
 OUTSIDE = -1e30  # logit of a kept token that the draft cannot propose: no mass, yet finite
 
 
@@ -85,14 +87,31 @@ class FullTeacher:
         self.sliced = self.weight[target_ids]
         self.known = torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device)
         self.known[target_ids] = True
+        self.outside = lm_head[~self.known] if _quick(lm_head) else None  # [V - D, H] bfloat16
         self._known_of: OrderedDict[str, Tensor] = OrderedDict()
         self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
-        pieces = list(zip(batch.ids, batch.last.split(batch.teacher_counts), strict=True))
-        known = [_kept(self._known_of, name, lambda last=last: self.known[argmax(last, self.weight)]) for name, last in pieces]
-        total = [_kept(self._normaliser_of, name, lambda last=last: self.log_normaliser(last)) for name, last in pieces] if whole else []
-        return TeacherRows(batch.last.float() @ self.sliced.T, None, torch.cat(known), torch.cat(total) if whole else None)
+        logits = batch.last.float() @ self.sliced.T  # [n, D]
+        pieces = list(zip(batch.ids, *(x.split(batch.teacher_counts) for x in (batch.last, logits)), strict=True))
+        known = [_kept(self._known_of, name, lambda last=last, z=z: self.argmax_known(last, z)) for name, last, z in pieces]
+        total = [_kept(self._normaliser_of, name, lambda last=last: self.log_normaliser(last)) for name, last, _ in pieces] if whole else []
+        return TeacherRows(logits, None, torch.cat(known), torch.cat(total) if whole else None)
+
+    def argmax_known(self, last: Tensor, logits: Tensor) -> Tensor:
+        """[n] bool: whether the whole vocabulary's argmax is a draft token. logits [n, D] of the draft's tokens.
+
+        The other tokens' logits are made in bfloat16, a third of the time: products of bfloat16 states are exact, so that only the
+        result is rounded; rows whose two maxima are too near for that are done again in fp32.
+        """
+        if self.outside is None or last.dtype != torch.bfloat16 or not len(self.outside):
+            return self.known[argmax(last, self.weight)]
+        inside = logits.max(-1).values
+        outside = torch.stack([z.max(-1).values for _, z in _blocks(last, self.outside)]).max(0).values.float()
+        known = inside > outside
+        near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
+        known[near] = self.known[argmax(last[near], self.weight)]
+        return known
 
     def log_normaliser(self, last: Tensor) -> Tensor:
         """Log-sum-exp [n] over the whole vocabulary: exp(z - it) is the target's true mass on a token."""
@@ -100,6 +119,11 @@ class FullTeacher:
         for _, z in _blocks(last, self.weight):
             total = torch.logaddexp(total, z.logsumexp(-1))
         return total
+
+
+def _quick(lm_head: Tensor) -> bool:
+    """Whether bfloat16 products are faster here."""
+    return lm_head.dtype == torch.bfloat16 and (lm_head.is_cuda or cpu_multiplies_bfloat16())
 
 
 def _kept(cache: OrderedDict[str, Tensor], name: str, make) -> Tensor:  # noqa: ANN001
