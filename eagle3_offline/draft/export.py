@@ -81,6 +81,8 @@ def export_config(settings: DraftSettings, dtype: str, special_ids: dict[str, An
         "draft_vocab_size": settings.draft_vocab_size,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
+        "fc_norm": settings.fc_norm,
+        "norm_output": settings.norm_output,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [b - 1 for b in settings.layers], "use_aux_hidden_state": True},
         **special_ids,
         "eagle3_offline": provenance,
@@ -119,6 +121,6 @@ def _settings(config: dict[str, Any]) -> DraftSettings:
     return DraftSettings(
         **{name: config[name] for name in (
             "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-            "draft_vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "hidden_act")},
+            "draft_vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "hidden_act", "fc_norm", "norm_output")},
         layers=tuple(i + 1 for i in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
     )  # fmt: skip

@@ -143,26 +143,43 @@ class DraftHead(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
         self.settings = settings
+        if settings.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(settings.hidden_size, settings.rms_norm_eps) for _ in settings.layers)
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
         self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
         self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
-    def logits(self, g: Tensor) -> Tensor:
-        """Logits over the draft vocabulary [n, D] of recurrent states g [n, H]."""
-        return self.lm_head(self.norm(g))
+    def features(self, aux: Tensor) -> Tensor:
+        """g [n, H] of captured states (or their projection) [n, A], before the first step."""
+        if self.settings.fc_norm:
+            chunks = aux.split(self.settings.hidden_size, dim=-1)
+            aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+        return self.fc(aux)
+
+    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a step's state [n, H] what lm_head reads, and the g that recurs."""
+        normed = self.norm(state)
+        return normed, normed if self.settings.norm_output else state
 
     def forward(self, batch: DraftBatch, embed: Tensor, terms: RowTerms) -> tuple[Tensor, Tensor, Tensor]:
         """The training unroll's loss (a scalar), and per step its mean cross-entropy and acceptance [K], detached."""
         from .unroll import unrolled_states
 
         states = torch.cat(unrolled_states(self, batch, embed, len(batch.steps)))
-        loss = self.lm_head(self.norm(states), terms)
+        loss = self.lm_head(states, terms)
         return loss, terms.entropy, terms.alpha
 
 
-def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, norm: Tensor | None = None) -> DraftHead:
-    """A head with seeded random weights (normal, 0.02); lm_head [D, H] and norm [H] from the target where given."""
+def new_head(
+    settings: DraftSettings,
+    seed: int,
+    *,
+    lm_head: Tensor | None = None,
+    norm: Tensor | None = None,
+    fc_norm: Tensor | None = None,
+) -> DraftHead:
+    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H] and fc_norm [A] where given."""
     head = DraftHead(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -173,4 +190,7 @@ def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, 
             head.lm_head.weight.copy_(lm_head)
         if norm is not None:
             head.norm.weight.copy_(norm)
+        if fc_norm is not None:
+            for module, weight in zip(head.fc_norm, fc_norm.split(settings.hidden_size), strict=True):
+                module.weight.copy_(weight)
     return head

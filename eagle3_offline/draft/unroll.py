@@ -2,7 +2,7 @@
 
     g      = fc(aux)                                  once
     u      = mix(embedding of x[p+1+k], g)
-    g'     = finish(g, attention(u))                  logits = lm_head(norm(g')); g' is the next step's g
+    g'     = finish(g, attention(u))                  logits = lm_head(norm(g')); g' (EAGLE-3.1: norm(g')) is the next step's g
 
 A row that is dead at every step needs only its step-0 key and value: queries, MLP and logits run on live rows alone,
 which changes no result.
@@ -22,14 +22,14 @@ GROUP_ROWS = 512
 
 def unroll(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
     """Logits over the draft vocabulary per step: [n_k, D] for the rows of batch.steps[k]."""
-    return [head.logits(g) for g in unrolled_states(head, batch, embed, steps)]
+    return [head.lm_head(state) for state in unrolled_states(head, batch, embed, steps)]
 
 
 def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
-    """The recurrent state per step: [n_k, H] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
+    """What lm_head reads per step: [n_k, H] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
     layer = head.midlayer
     dtype = head.fc.weight.dtype
-    g = head.fc(batch.aux.to(dtype))  # [N, H]
+    g = head.features(batch.aux.to(dtype))  # [N, H]
     normed = layer.input_layernorm(embed[batch.tokens].to(dtype))  # [N, H]; what a row reads at step k is what row p + k reads at step 0
     u = layer.mix(normed, g)
     keys, values = layer.key_value(u, batch.positions)  # [N, kv, d], what every step attends to
@@ -47,8 +47,8 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
         else:
             u = u[step.kept]
         attended = _attend_groups(layer.query(u, step.positions), step, batch, keys, values, own_keys, own_values)
-        g = layer.finish(g, attended)
-        states.append(g)
+        state, g = head.outputs(layer.finish(g, attended))
+        states.append(state)
     return states
 
 

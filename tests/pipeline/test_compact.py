@@ -60,7 +60,11 @@ def test_the_export_needs_no_dump_and_keeps_the_basis_digest(compact, tmp_path):
 
 @pytest.mark.parametrize(
     "setting, reason",
-    [("train.layers=[2, 4]", "projection of layers"), ("train.aux_scaling=false", "its projection holds the scaling")],
+    [
+        ("train.layers=[2, 4]", "projection of layers"),
+        ("train.aux_scaling=false", "its projection holds the scaling"),
+        ("train.fc_norm=true", "norms each layer before they are mixed"),
+    ],
 )
 def test_what_a_projection_cannot_give_is_refused(compact, setting, reason):
     assert reason in compact.stage("train", "--set", "train.draft=other", "--set", setting, exit_code=2)

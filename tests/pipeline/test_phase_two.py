@@ -203,6 +203,21 @@ def test_the_export_has_the_exact_keys_and_the_scale_is_folded(trained, tmp_path
     assert torch.allclose(head.fc(aux), draft.head.fc(aux * draft.aux_scale), atol=1e-4)
 
 
+def test_eagle_3_1_trains_exports_and_decodes(copied):
+    """A norm of each layer before fc, and the normed state recurs: in the exported keys and flags, and in what is decoded."""
+    options = ("--set", "train.fc_norm=true", "--set", "train.norm_output=true")
+    copied.stage("train", *options)
+    copied.stage("export", *options)
+    folder = Run(copied.run).draft("draft")
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["fc_norm"] is True and config["norm_output"] is True
+    norms = {f"fc_norm.{i}.weight" for i in range(3)}
+    assert set(load_file(folder / "export" / "model.safetensors")) == EXPORTED_KEYS | norms
+    decoded = copied.stage("evaluate", *options)["decoded"]
+    assert decoded["identical"] == decoded["answers"]
+    assert decoded["walk_tau"] == pytest.approx(decoded["tau"], abs=0.01)
+
+
 def test_a_damaged_dump_is_refused_by_training(copied):
     part = next((copied.run / "dump" / "parts").glob("unit-*/h02/c*"))
     size = part.stat().st_size

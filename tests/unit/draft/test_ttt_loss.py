@@ -1,5 +1,6 @@
 """The unroll and its loss against an independent plain loop: per root row, the chain is rebuilt from nothing. float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.loss import Objective, RowTerms, denominators
+from eagle3_offline.draft.model import new_head
 from eagle3_offline.draft.teacher import FullTeacher, TeacherRows, argmax
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
@@ -36,7 +38,8 @@ def plain_rotate(x, position, theta):
 
 
 class PlainDraft:
-    def __init__(self, weights, heads, kv_heads, head_dim, eps=1e-5, theta=10000.0):
+    def __init__(self, weights, heads, kv_heads, head_dim, eps=1e-5, theta=10000.0, fc_norm=False, norm_output=False):
+        self.fc_norm, self.norm_output = fc_norm, norm_output
         self.w, self.heads, self.kv_heads, self.head_dim, self.eps, self.theta = weights, heads, kv_heads, head_dim, eps, theta
 
     def mixed(self, embedding, g):
@@ -64,12 +67,15 @@ class PlainDraft:
         gate, up = w["midlayer.mlp.gate_proj.weight"] @ x, w["midlayer.mlp.up_proj.weight"] @ x
         return h + w["midlayer.mlp.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
 
-    def logits(self, g):
-        return self.w["lm_head.weight"] @ plain_norm(g, self.w["norm.weight"], self.eps)
+    def feature(self, aux):
+        if self.fc_norm:
+            chunks = aux.reshape(3, -1)
+            aux = torch.cat([plain_norm(chunk, self.w[f"fc_norm.{i}.weight"], self.eps) for i, chunk in enumerate(chunks)])
+        return self.w["fc.weight"] @ aux
 
     def chain(self, p, x, aux, embed, length):
         """Logits of root row p at steps 0 .. length-1, true tokens read."""
-        features = [self.w["fc.weight"] @ a for a in aux]
+        features = [self.feature(a) for a in aux]
         pairs = [self.key_value(self.mixed(embed[x[j + 1]], features[j]), j) for j in range(p + 1)]
         g, out = features[p], []
         for k in range(length):
@@ -77,7 +83,9 @@ class PlainDraft:
             if k:
                 pairs.append(self.key_value(u, p + k))
             g = self.layer(u, g, p + k, pairs)
-            out.append(self.logits(g))
+            normed = plain_norm(g, self.w["norm.weight"], self.eps)
+            out.append(self.w["lm_head.weight"] @ normed)
+            g = normed if self.norm_output else g
         return out
 
 
@@ -158,6 +166,24 @@ def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, t
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
 
 
+@pytest.mark.parametrize("flags", [{"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+def test_eagle_3_1_equals_the_plain_loop(settings, sample, embed, lm_head, target_ids, flags):
+    torch.manual_seed(0)
+    head = new_head(dataclasses.replace(settings, **flags), seed=1).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
+    assert ("fc_norm.2.weight" in weights) == flags.get("fc_norm", False)
+    plain = plain_loss(PlainDraft(weights, 4, 2, 8, **flags), [sample], embed, lm_head, target_ids, "token", "soft cross-entropy")
+    ours = module_loss(head, [sample], embed, lm_head, target_ids, "token", "soft cross-entropy")
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-6)
+    plain.backward()
+    ours.backward()
+    for name, parameter in head.named_parameters():
+        assert torch.allclose(parameter.grad, weights[name].grad, atol=1e-6, rtol=0), name
+
+
 def test_some_teachers_are_outside_the_draft_vocabulary(sample, lm_head, target_ids):
     batch = collate([sample], K)
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
@@ -175,8 +201,6 @@ def test_batching_changes_nothing(head, sample, embed):
 
 def test_the_future_is_not_seen(head, sample, embed):
     """Changing what comes after a row's chain changes none of its logits."""
-    import dataclasses
-
     changed = sample.input_ids.copy()
     changed[7:] = (changed[7:] + 1) % 40
     aux = sample.aux.copy()
