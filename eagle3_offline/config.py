@@ -210,7 +210,7 @@ class EvaluateConfig:
 class ExportConfig:
     """The trained draft as a folder that an inference engine loads."""
 
-    to: Literal["sglang"] = opt("sglang", "whose key names and config to write")
+    to: Literal["sglang", "vllm", "hf"] = opt("sglang", "whose weight names and layer numbers to write; hf: for the hub, both numbers")
     dtype: Literal["bfloat16", "float16", "float32"] = opt("bfloat16", "dtype of the weights")
 
 

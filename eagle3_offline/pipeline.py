@@ -16,6 +16,7 @@ from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
 from .conversations.stdlib_questions import answer_pairs, documents
 from .conversations.token_rows import answer_tokens
+from .draft.check import check_export as check_exported
 from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
@@ -23,6 +24,7 @@ from .evaluation.simulate import simulate
 from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.places import is_remote, place
+from .store.reader import Dump
 from .store.seal import sealed
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder
@@ -94,6 +96,12 @@ def status(run: Run) -> Summary:
 
 def export_draft(run: Run, recipe: Recipe) -> Summary:
     return export(run.draft(recipe.train.draft), recipe.export)
+
+
+def check_export(run: Run, recipe: Recipe) -> Summary:
+    """The export that is there, against the trained draft and the dump."""
+    dump = Dump.open(run.dump)
+    return check_exported(run.draft(recipe.train.draft), dump.manifest, dump.target_json("config.json"))
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:

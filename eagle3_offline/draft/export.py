@@ -1,4 +1,4 @@
-"""The draft as a folder that SGLang loads: config.json and model.safetensors, and how to read it back.
+"""The draft as a folder that an inference engine loads: config.json, model.safetensors, a model card; and how to read it back.
 
 SGLang ignores unknown and missing weight names silently, so the exact key set is checked here, on both ways.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 from ..config import ExportConfig
 from ..records import Summary, UserError
 from ..runs import atomic_folder
+from .card import model_card
+from .layout import export_config, settings_of, spelled, unspelled
 from .model import DraftHead
-from .settings import DraftSettings
 from .trained import TrainedDraft, load_trained, target_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -37,9 +38,10 @@ def export(draft_folder: Path, config: ExportConfig) -> Summary:
         **trained.about,
     }
     folder = draft_folder / "export"
-    config_json = export_config(trained.head.settings, config.dtype, special_ids, about)
+    config_json = export_config(trained.head.settings, config.to, config.dtype, special_ids, about)
     with atomic_folder(folder) as temporary:
-        write_export(temporary, trained, config_json)
+        write_export(temporary, trained, config_json, config.to)
+        (temporary / "README.md").write_text(model_card(draft_folder, trained, config.to), encoding="utf-8")
         for name in TOKENIZER_FILES:
             if name in carried:
                 (temporary / name).write_bytes(carried[name])
@@ -56,71 +58,35 @@ def folded_fc(trained: TrainedDraft) -> Tensor:
     return fc if trained.projection is None else fc @ trained.projection.T
 
 
-def export_config(settings: DraftSettings, dtype: str, special_ids: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
-    """config.json for SGLang. Layer ids in its dialect: boundary b is the output of layer b - 1."""
-    rope = dict(settings.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "num_attention_heads": settings.num_attention_heads,
-        "num_key_value_heads": settings.num_key_value_heads,
-        "head_dim": settings.head_dim,
-        "hidden_act": settings.hidden_act,
-        "rms_norm_eps": settings.rms_norm_eps,
-        "max_position_embeddings": settings.max_position_embeddings,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-        "rope_parameters": rope,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "vocab_size": settings.vocab_size,
-        "draft_vocab_size": settings.draft_vocab_size,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "fc_norm": settings.fc_norm,
-        "norm_output": settings.norm_output,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [b - 1 for b in settings.layers], "use_aux_hidden_state": True},
-        **special_ids,
-        "eagle3_offline": provenance,
-    }
-
-
-def write_export(folder: Path, trained: TrainedDraft, config: dict[str, Any]) -> None:
+def write_export(folder: Path, trained: TrainedDraft, config: dict[str, Any], to: str) -> None:
     """Write the weights (scale and projection folded into fc) and the config into an existing folder."""
     dtype = getattr(torch, config["torch_dtype"])
     tensors = {name: tensor.detach().float() for name, tensor in trained.head.state_dict().items()}
     tensors["fc.weight"] = folded_fc(trained)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = spelled({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, to)
     tensors["d2t"] = torch.from_numpy(trained.vocabulary.d2t)
     tensors["t2d"] = torch.from_numpy(trained.vocabulary.t2d(config["vocab_size"]))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of an export."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no exported draft (no config.json): run `export` first")
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def read_export(folder: Path) -> tuple[DraftHead, Tensor]:
     """Load an exported draft in fp32: the head and target_ids [D]. Raises UserError for a missing or unexpected key or shape."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    head = DraftHead(_settings(config))
+    head = DraftHead(settings_of(read_config(folder)))
     tensors = load_file(folder / "model.safetensors")
     d2t, t2d = tensors.pop("d2t"), tensors.pop("t2d")
     try:
-        head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+        head.load_state_dict({name: tensor.float() for name, tensor in unspelled(tensors).items()}, strict=True)
     except RuntimeError as error:
         raise UserError(f"{folder}/model.safetensors does not hold the draft that its config.json describes: {error}") from None
     target_ids = torch.arange(len(d2t)) + d2t
     if not torch.equal(t2d.nonzero()[:, 0], target_ids):
         raise UserError(f"{folder}/model.safetensors: d2t and t2d name different tokens")
     return head.eval(), target_ids
-
-
-def _settings(config: dict[str, Any]) -> DraftSettings:
-    return DraftSettings(
-        **{name: config[name] for name in (
-            "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-            "draft_vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "hidden_act", "fc_norm", "norm_output")},
-        layers=tuple(i + 1 for i in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
-    )  # fmt: skip

@@ -44,7 +44,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     training = Training(config, source, _engine(config, source, ranks), teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     summary = _steps(training, folder, stop)
     if ranks.rank == 0:
-        _publish(folder, source, summary)
+        _publish(folder, source, config, summary)
     torch.distributed.barrier()
     return summary
 
@@ -186,9 +186,14 @@ def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
 # Results
 
 
-def _publish(folder: Path, source: Source, summary: Summary) -> None:
+def _publish(folder: Path, source: Source, config: TrainConfig, summary: Summary) -> None:
     weights = checkpoints.fp32_weights(folder / "checkpoints", summary["steps"])
-    about = {"dump": source.dump.manifest["digest"], "target": source.dump.spec.target, "summary": summary}
+    about = {
+        "dump": source.dump.manifest["digest"],
+        "target": source.dump.spec.target,
+        "train": dataclasses.asdict(config),
+        "summary": summary,
+    }
     basis = (source.dump.target / BASIS).read() if source.dump.spec.compact else None
     draft = TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about, basis)
     save_trained(folder, weights, draft, carried(source.dump.where))
