@@ -139,12 +139,18 @@ class TrainConfig:
     draft: str = opt("draft", "name of the draft: its folder is RUN/drafts/NAME")
     draft_vocab_size: int = opt(32000, "tokens that the draft can propose, the most frequent ones of the train answers")
     ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
+    layers: list[int] = opt([], "which of the dump's captured layers the draft reads, boundary indices; empty: all of them")
     step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
+    loss: Literal["soft cross-entropy", "lk-alpha", "lk-lambda"] = opt(
+        "soft cross-entropy", "of each row; the LK losses (arXiv 2602.23881) aim at the acceptance rate itself"
+    )
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
-    aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export")
+    aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
+    fc_norm: bool = opt(False, "EAGLE-3.1: norm each captured layer before fc; aux_scaling then is where the norms' weights start")
+    norm_output: bool = opt(False, "EAGLE-3.1: the state after the final norm goes into the next step, not the one before it")
     dtype: Literal["auto", "bfloat16", "float32"] = opt(
         "auto", "compute dtype, masters are fp32; auto: bfloat16 where the processor multiplies it natively"
     )
@@ -204,7 +210,7 @@ class EvaluateConfig:
 class ExportConfig:
     """The trained draft as a folder that an inference engine loads."""
 
-    to: Literal["sglang"] = opt("sglang", "whose key names and config to write")
+    to: Literal["sglang", "vllm", "hf"] = opt("sglang", "whose weight names and layer numbers to write; hf: for the hub, both numbers")
     dtype: Literal["bfloat16", "float16", "float32"] = opt("bfloat16", "dtype of the weights")
 
 

@@ -17,6 +17,7 @@ from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
 from .conversations.stdlib_questions import answer_pairs, documents
 from .conversations.token_rows import answer_tokens, plan_of_token_rows
+from .draft.check import check_export as check_exported
 from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
@@ -26,9 +27,9 @@ from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.estimate import estimate
 from .store.format import Compact, DumpSpec
 from .store.places import is_remote, place
+from .store.reader import Dump
 from .store.repair import STALE_HOURS, abandoned
 from .store.seal import sealed
-from .store.target_files import carried
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder, text_config
 from .target.smollm2 import smollm2_folder
@@ -141,7 +142,13 @@ def status(run: Run) -> Summary:
 
 
 def export_draft(run: Run, recipe: Recipe) -> Summary:
-    return export(run.draft(recipe.train.draft), carried(run.dump), recipe.export)
+    return export(run.draft(recipe.train.draft), recipe.export)
+
+
+def check_export(run: Run, recipe: Recipe) -> Summary:
+    """The export that is there, against the trained draft and the dump."""
+    dump = Dump.open(run.dump)
+    return check_exported(run.draft(recipe.train.draft), dump.manifest, dump.target_json("config.json"))
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:

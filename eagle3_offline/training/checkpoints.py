@@ -24,13 +24,13 @@ def finished_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
 
 
-def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
+def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks) -> None:
     """Save a checkpoint under a temporary name, rename it when every rank has written, then drop old ones."""
     aside = folder / ".tmp"
     if ranks.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(aside), tag=step_name(step), client_state={"step": step}, save_latest=False)
+    engine.save_checkpoint(str(aside), tag=step_name(step), client_state={**state, "step": step}, save_latest=False)
     torch.distributed.barrier()
     if ranks.rank == 0:
         for path in aside.rglob("*"):
@@ -43,15 +43,15 @@ def save(engine: Any, folder: Path, step: int, keep: int, ranks: Ranks) -> None:
     torch.distributed.barrier()
 
 
-def resume(engine: Any, folder: Path) -> int:
-    """Load the newest checkpoint; return the number of finished steps, 0 where there is none."""
+def resume(engine: Any, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint; return the number of finished steps (0 where there is none) and the state saved with it."""
     steps = finished_steps(folder)
     if not steps:
-        return 0
+        return 0, {}
     path, state = engine.load_checkpoint(str(folder), tag=step_name(steps[-1]))
     if path is None or state["step"] != steps[-1]:
         raise RuntimeError(f"{folder}/{step_name(steps[-1])} could not be loaded; remove it to go on from the one before")
-    return steps[-1]
+    return steps[-1], state
 
 
 def fp32_weights(folder: Path, step: int) -> dict[str, Tensor]:

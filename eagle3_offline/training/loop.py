@@ -12,30 +12,21 @@ from typing import Any
 import torch
 
 from ..config import Recipe, TrainConfig, packaged
-from ..draft.batch import DraftBatch
 from ..draft.held_out import measure
-from ..draft.loss import denominators, ttt_loss
 from ..draft.model import DraftHead
-from ..draft.teacher import Teacher
+from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, is_trained, save_trained
 from ..progress import StageProgress
-from ..records import Stopped, Summary, UserError
+from ..records import CheckFailed, Stopped, Summary, UserError
 from ..runs import Run, StopSignal, read_json, write_json
+from ..store.target_files import BASIS, carried
 from . import checkpoints
 from .data import Source, open_source, read_ahead
 from .distributed import Ranks, all_sum, native_bfloat16, start
 from .metrics import Metrics
+from .step import Carried, Training, one_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """All that one step needs."""
-
-    config: TrainConfig
-    source: Source
-    engine: Any  # deepspeed.DeepSpeedEngine
-    teacher: Teacher
-    ranks: Ranks
+MOST_SKIPPED = 3  # steps in a row that may be skipped because their loss or gradient is not finite
 
 
 def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
@@ -49,11 +40,11 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
     source = source.to(ranks.device)
-    teacher = Teacher(source.lm_head, source.target_ids.to(ranks.device))
-    training = Training(config, source, _engine(config, source, ranks), teacher, ranks)
+    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
+    training = Training(config, source, _engine(config, source, ranks), teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     summary = _steps(training, folder, stop)
     if ranks.rank == 0:
-        _publish(folder, source, summary)
+        _publish(folder, source, config, summary)
     torch.distributed.barrier()
     return summary
 
@@ -131,7 +122,8 @@ def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
 
 def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
     config, ranks = training.config, training.ranks
-    first = checkpoints.resume(training.engine, folder / "checkpoints")
+    first, state = checkpoints.resume(training.engine, folder / "checkpoints")
+    training.carried.load(state)
     metrics = Metrics(folder, first) if ranks.rank == 0 else None
     seconds = _read_seconds(folder, first)
     batches = read_ahead(training.source, config, ranks.rank, ranks.world, first)
@@ -142,21 +134,27 @@ def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
             started = time.monotonic()
             micro = next(batches)
             waited = time.monotonic() - started
-            values = _one_step(training, micro)
+            values, skipped = one_step(training, micro)
             done = step + 1
             took = time.monotonic() - started
             seconds += took
             tokens = int(all_sum(torch.tensor(sum(len(batch.tokens) for batch in micro)), ranks))
             if metrics:
                 metrics.step({"step": done, **values, "tokens": tokens, "seconds": round(took, 4), "data_wait": round(waited / took, 4)})
+                if skipped:
+                    metrics.skipped({"step": done, **skipped})
             progress.advance(1, tokens, f"loss {values['loss']:.3f}, data wait {waited / took:.0%}")
             stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
+            failing = training.carried.skipped_in_a_row > MOST_SKIPPED
             last = done == config.total_steps
             if last or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(training, done, metrics)
-            if last or stopping or done % config.checkpoint_every == 0:
+            if last or stopping or failing or done % config.checkpoint_every == 0:
                 _write_seconds(folder, done, seconds, ranks)
-                checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
+                state = training.carried.state()
+                checkpoints.save(training.engine, folder / "checkpoints", done, state, config.keep_checkpoints, ranks)
+            if failing:
+                raise CheckFailed(_failure(folder, done))
             if stopping and not last:
                 raise Stopped(
                     f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on"
@@ -164,23 +162,11 @@ def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
     return {"draft": config.draft, "steps": config.total_steps, "train_seconds": round(seconds, 1), **_last_evaluation(folder)}
 
 
-def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
-    """One optimiser step over the global batch. Returns the loss, each unroll step's cross-entropy, the rate and the gradient norm."""
-    config, engine, ranks = training.config, training.engine, training.ranks
-    denominator = all_sum(denominators(micro, config.normalisation), ranks)
-    learning_rate = engine.get_lr()[0]  # of this step; step() sets the next one's
-    parts = torch.zeros(1 + config.ttt_length, dtype=torch.float64)
-    for batch in (batch.to(ranks.device) for batch in micro):
-        logits = engine(batch, training.source.embed, config.ttt_length)
-        loss, per_step = ttt_loss(logits, batch, training.teacher(batch), denominator, config.normalisation, config.step_decay)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {float(loss)} on the rows {', '.join(batch.ids)}; nothing was saved since the last checkpoint")
-        engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
-        engine.step()
-        parts += torch.cat((loss.detach()[None], per_step)).double().cpu()
-    loss_value, *entropies = all_sum(parts, ranks).tolist()
-    values = {"loss": loss_value, **{f"ce_{k}": value for k, value in enumerate(entropies)}}
-    return {**values, "learning_rate": learning_rate, "gradient_norm": float(engine.get_global_grad_norm())}
+def _failure(folder: Path, step: int) -> str:
+    return (
+        f"the loss or its gradient was not finite in {MOST_SKIPPED + 1} steps in a row, up to step {step}: {folder}/skipped.jsonl "
+        f"names their rows, a checkpoint is written. Look at these rows (`store verify`), or train with a lower train.learning_rate"
+    )
 
 
 def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
@@ -193,17 +179,24 @@ def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
         chain=config.ttt_length, aux_scale=source.aux_scale, teacher=training.teacher,
     )  # fmt: skip
     if metrics:
-        metrics.evaluation({"step": step, **result.summary()})
+        metrics.evaluation({"step": step, **result.summary(), "teacher": teacher_name(source.top_k)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def _publish(folder: Path, source: Source, summary: Summary) -> None:
+def _publish(folder: Path, source: Source, config: TrainConfig, summary: Summary) -> None:
     weights = checkpoints.fp32_weights(folder / "checkpoints", summary["steps"])
-    about = {"dump": source.dump.manifest["digest"], "target": source.dump.spec.target, "summary": summary}
-    save_trained(folder, weights, TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about))
+    about = {
+        "dump": source.dump.manifest["digest"],
+        "target": source.dump.spec.target,
+        "train": dataclasses.asdict(config),
+        "summary": summary,
+    }
+    basis = (source.dump.target / BASIS).read() if source.dump.spec.compact else None
+    draft = TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about, basis)
+    save_trained(folder, weights, draft, carried(source.dump.where))
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:
