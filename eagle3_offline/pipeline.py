@@ -61,7 +61,8 @@ def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSign
 
 
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
-    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, _target(run, recipe)), allow_partial)
+    target = _target(run, recipe)
+    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, target, run.claimed("dump-hidden")["engine"]), allow_partial)
 
 
 def verify(run: Run, quick: bool) -> Summary:

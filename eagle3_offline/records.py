@@ -25,6 +25,10 @@ class CheckFailed(Exception):
     """The demo ran to its end, but something that must hold does not. Exit code 1."""
 
 
+class EngineFailed(Exception):
+    """The target's engine died, or gave what it must not. What it was working on is not done; a re-run can help. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the stage to stop; everything finished so far is kept and a re-run goes on. Exit code 85."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows
 from ..progress import StageProgress
-from ..records import CapturedRow, Reject, Summary, TokenRow
+from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow
 from ..runs import Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.format import DumpSpec
@@ -21,8 +21,8 @@ from .target import OpenTarget
 STAGE = "dump-hidden"
 
 
-def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
-    """What the manifest says of this dump."""
+def dump_spec(run: Run, recipe: Recipe, target: OpenTarget, engine: dict[str, str]) -> DumpSpec:
+    """What the manifest says of this dump. engine: name and version of what ran the target."""
     shape = text_config(target.folder)
     return DumpSpec(
         layers=target.layers,
@@ -31,7 +31,7 @@ def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
         dtype=target.dtype,
         codec=recipe.dump.codec,
         target=target.fingerprint,
-        engine={"name": "transformers"},
+        engine=engine,
         max_length=target.context,
         conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": run.claimed("regenerate")},
     )
@@ -39,40 +39,65 @@ def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
 
 def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal) -> Summary:
     """Dump the units (all that the plan needs, for None). Sealed parts are skipped; a stop loses at most the current part."""
-    spec = dump_spec(run, recipe, target)
-    run.claim(STAGE, {"spec": digest(spec.to_dict()), "layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec})
+    spec = dump_spec(run, recipe, target, {"name": target.engine_name, "version": target.engine_version()})
+    short = {"layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec, "engine": spec.engine}
+    run.claim(STAGE, {"spec": digest(spec.to_dict()), **short})
     if not (run.dump / "target").is_dir():  # opened targets are proven to be the run's own
         tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
         write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder))
     plan = run.read_plan()
     needed = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
     chosen = [unit for unit in plan.select(numbers) if unit in needed]
-    engine: Engine | None = None
-    with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress:
-        for unit in chosen:
-            if store_seal.sealed(run.dump, unit.unit):
-                progress.total -= len(unit.rows)
-                continue
-            engine = engine or target.engine()
-            _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+    todo = [unit for unit in chosen if not store_seal.sealed(run.dump, unit.unit)]
+    with StageProgress(STAGE, sum(len(unit.rows) for unit in todo)) as progress:
+        failed = _dump_units(run, todo, target, spec, recipe, stop, progress)
+    if failed:
+        first = min(failed)
+        raise EngineFailed(f"units {sorted(failed)} are not dumped, run them again; unit {first}: {failed[first]}")
     return _summary(run, chosen, recipe)
+
+
+def _dump_units(
+    run: Run, units: list[Unit], target: OpenTarget, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress
+) -> dict[int, EngineFailed]:
+    """Dump them one by one; the units during which the engine failed, with the reason. The next unit gets a new engine.
+
+    An engine that does not even start, or fails twice in a row, is broken for good.
+    """
+    failed: dict[int, EngineFailed] = {}
+    engine: Engine | None = None
+    try:
+        for unit in units:
+            engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
+            try:
+                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+            except EngineFailed as error:
+                failed[unit.unit] = error
+                engine.close()
+                engine = None
+                if unit.unit - 1 in failed:
+                    break
+    finally:
+        if engine is not None:
+            engine.close()
+    return failed
 
 
 def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
     rows = read_token_rows(run.tokens(unit.unit))
+    limit = min(spec.max_length, engine.longest_row or spec.max_length)
     rejects = [
-        Reject(f"too long: {len(row.input_ids)} tokens, the limit is {spec.max_length}", id=row.id)
-        for row in rows
-        if len(row.input_ids) > spec.max_length
+        Reject(f"too long: {len(row.input_ids)} tokens, the limit is {limit}", id=row.id) for row in rows if len(row.input_ids) > limit
     ]
     too_long = {reject.id for reject in rejects}
     rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
     with PartWriter(run.dump, unit.unit, unit.split, spec) as part:
         for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
             part.reject(reject)
-        for batch in token_batches(rows, recipe.dump.batch_tokens):
+        batches = list(token_batches(rows, recipe.dump.batch_tokens))
+        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
-            for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
+            for row, states in zip(batch, captured, strict=True):
                 try:
                     part.add(CapturedRow(row, states.aux, states.last))
                 except BadRow as error:  # not finite, say: this row only
