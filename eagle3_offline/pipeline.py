@@ -52,8 +52,10 @@ def _target(run: Run, recipe: Recipe) -> OpenTarget:
 # One function per stage
 
 
-def regenerate_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:
-    return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop)
+def regenerate_units(
+    run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal, servers: tuple[str, ...] = (), retry_errors: bool = False
+) -> Summary:
+    return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop, servers, retry_errors)
 
 
 def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:

@@ -25,6 +25,7 @@ from ..target.transformers_engine import TransformersEngine
 class OpenTarget:
     """Everything about the target but its weights in memory."""
 
+    model: str  # as the recipe names it
     folder: Path
     layers: tuple[int, ...]  # boundaries, low to high
     dtype: str
@@ -73,6 +74,7 @@ def open_target(run: Run, config: TargetConfig, folder: Path) -> OpenTarget:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     template = ChatTemplate(tokenizer, config.chat_template)
     return OpenTarget(
+        model=config.model,
         folder=folder,
         layers=capture_layers(config.layers, shape["num_hidden_layers"]),
         dtype=target_dtype(config, folder),

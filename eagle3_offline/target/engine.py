@@ -6,6 +6,7 @@ Hugging Face, for b < L. Legend: T tokens of a row, H hidden size, L decoder lay
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,10 @@ class Sampling:
     top_k: int
     seed: int
     min_p: float = 0.0
+
+    def seed_of(self, request: str) -> int:
+        """The seed of one answer, from the seed and the request's id alone."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {request}".encode()).digest()[:7], "big")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Legend: B rows of a batch, P padded length, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +47,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         answers: list[list[int]] = [[] for _ in requests]
-        draws = [_generator(sampling.seed, request.id) for request in requests]
+        draws = [torch.Generator().manual_seed(sampling.seed_of(request.id)) for request in requests]
         lengths = torch.tensor([len(request.prompt) for request in requests])
         mask = torch.arange(int(lengths.max()))[None] >= lengths.max() - lengths[:, None]  # [B, P], left-padded
         ids = torch.zeros(mask.shape, dtype=torch.int64)
@@ -156,11 +155,6 @@ def end_of_turn_ids(folder: Path) -> list[int]:
     if ids is None:
         raise UserError(f"{folder}/generation_config.json names no eos_token_id: the end of an answer would never be seen")
     return [ids] if isinstance(ids, int) else list(ids)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(number)
 
 
 def _draw(logits: Tensor, sampling: Sampling, draws: list[torch.Generator]) -> list[int]:
