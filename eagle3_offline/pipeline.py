@@ -7,6 +7,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from . import runs
 from .capture import dump as capture_dump
@@ -24,7 +27,9 @@ from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.seal import sealed
 from .store.verify import verify as store_verify
-from .target.folder import resolve_folder
+from .target.folder import resolve_folder, target_dtype, text_config
+from .target.serve import serve
+from .target.sglang_engine import generation_options
 from .target.smollm2 import smollm2_folder
 from .target.tiny import tiny_folder
 from .training.loop import train
@@ -88,6 +93,14 @@ def status(run: Run) -> Summary:
         "spare": [n for n in numbers if n not in needed],
         "sealed": (run.dump / "dump.json").is_file(),
     }
+
+
+def serve_target(run: Run, recipe: Recipe, more: tuple[str, ...], stop: StopSignal, say: Callable[[str], None], **where: Any) -> Summary:
+    """SGLang servers of the target until a signal comes. more: SGLang's own arguments; where: see `target.serve.serve`."""
+    folder, target = target_folder(recipe.target), recipe.target
+    context = min(target.max_length, text_config(folder)["max_position_embeddings"])
+    options = generation_options(folder, target_dtype(target, folder), context, target.trust_remote_code, not torch.cuda.is_available())
+    return {"servers": serve({**options, **target.sglang}, more, run.folder / "logs", stop, say, **where)}
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:

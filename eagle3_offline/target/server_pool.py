@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from ..records import EngineFailed, UserError
 from .engine import Completion, Request, Sampling
@@ -165,7 +166,7 @@ class ServerPool:
         asked = error.after if isinstance(error, Temporary) else None
         if asked is not None:
             return min(asked, LONGEST_WAIT)
-        return wait_exponential_jitter(initial=self.first_wait, max=LONGEST_WAIT, jitter=self.first_wait)(state)
+        return min(self.first_wait * 2 ** (state.attempt_number - 1) * random.uniform(1, 2), LONGEST_WAIT)
 
     async def _choose(self) -> Server:
         """The living server with the fewest requests; waits for one where none lives."""

@@ -31,6 +31,7 @@ REFUSED = {  # argument -> why a dump cannot be made with it
     "speculative_algorithm": "a draft is not needed to read the target",
 }
 LONGER = 8  # SGLang takes rows up to its context less 7: one token to generate and a reserve
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 1800.0  # a large model's weights take minutes
 
 
@@ -97,6 +98,8 @@ def cpu_options(tokens: int) -> dict[str, Any]:
         "attention_backend": "torch_native",
         "grammar_backend": "none",
         "max_running_requests": 32,
+        "sleep_on_idle": True,  # else its scheduler spins on a core
+        "mem_fraction_static": 0.5,  # its own guess is made for GPUs and may be negative
         "max_total_tokens": tokens,
     }
 
@@ -104,12 +107,22 @@ def cpu_options(tokens: int) -> dict[str, Any]:
 class SglangServer:
     """A running server. Entering waits until it answers; leaving kills it and its children."""
 
-    def __init__(self, words: list[str], log: Path, cpu: bool, temporary: Path | None = None, environment: dict[str, str] | None = None):
-        """words: SGLang's arguments but host and port; temporary: where it may leave files of its own."""
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(
+        self,
+        words: list[str],
+        log: Path,
+        cpu: bool,
+        *,
+        host: str = LOOPBACK,
+        port: int | None = None,
+        temporary: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ):
+        """words: SGLang's arguments but host and port; port: a free one for None; temporary: where it may leave files of its own."""
+        self.host, self.port = host, port or free_port()
+        self.url = f"http://{LOOPBACK if host == '0.0.0.0' else host}:{self.port}"
         self.log = log
-        self.words = [*words, "--host", "127.0.0.1", "--port", str(self.port)]
+        self.words = [*words, "--host", host, "--port", str(self.port)]
         self.environment = {**os.environ, "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", **(environment or {})}
         if cpu:
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -185,5 +198,5 @@ class SglangServer:
 def free_port() -> int:
     """A TCP port of the loopback that nobody uses now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
