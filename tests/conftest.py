@@ -68,3 +68,14 @@ def dumped(random_target, tmp_path_factory):
     cli = Cli(write_recipe(folder, random_target, conversations(30)), folder / "run")
     cli.phase_one()
     return cli
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory):
+    """The run folder of a whole demo on the tiny target."""
+    from .small_runs import demo
+
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = demo(run)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run

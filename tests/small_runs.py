@@ -84,3 +84,19 @@ class Cli:
     def phase_one(self) -> None:
         for words in (["prepare"], ["regenerate"], ["dump-hidden"], ["store", "seal"]):
             self.stage(*words)
+
+
+def demo(run: Path, *more: str) -> subprocess.CompletedProcess:
+    """The demo on the tiny target, in a process of its own."""
+    command = [
+        sys.executable,
+        "-c",
+        "from eagle3_offline.stages.cli import main; main()",
+        "demo",
+        "--target",
+        "tiny",
+        "--run",
+        str(run),
+        *more,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=own_environment())

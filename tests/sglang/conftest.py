@@ -9,6 +9,7 @@ import pytest
 
 from eagle3_offline.config import TargetConfig
 from eagle3_offline.pipeline import cache_folder, target_folder
+from eagle3_offline.target.serve import without
 from eagle3_offline.target.sglang_engine import generation_options
 from eagle3_offline.target.sglang_server import SglangServer, command_line
 
@@ -38,9 +39,9 @@ def smollm2(sglang) -> Path:
 
 
 def server_of(folder: Path, log: Path, context: int, *more: str) -> SglangServer:
-    """A server as `regenerate` starts it, in fp32."""
-    words = command_line(generation_options(folder, "float32", context, trust_remote_code=False, cpu=CPU))
-    return SglangServer([*words, *more], log, CPU)
+    """A server as `serve` starts it, in fp32; `more` are SGLang's own arguments."""
+    options = generation_options(folder, "float32", context, trust_remote_code=False, cpu=CPU)
+    return SglangServer([*command_line(without(options, more)), *more], log, CPU)
 
 
 @pytest.fixture(scope="session")
