@@ -66,8 +66,9 @@ def check_options(options: dict[str, Any], config: dict[str, Any], capture: bool
     if not capture:
         return
     for key, why in REFUSED.items():
-        if plain.get(key) not in (None, False, 1):
-            raise UserError(f"target.sglang.{key} is {plain[key]!r}: {why}, so hidden states cannot be dumped with it")
+        value = plain.get(key)
+        if value not in (None, False) and (value is True or value != 1):  # a size of 1 is none
+            raise UserError(f"target.sglang.{key} is {value!r}: {why}, so hidden states cannot be dumped with it")
     if method := config.get("quantization_config"):
         name = method.get("quant_method", "unknown")
         raise UserError(f"the target's weights are quantised ({name}): {REFUSED['quantization']}; dump with unquantised weights")
