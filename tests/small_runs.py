@@ -25,7 +25,7 @@ def conversations(count: int) -> list[dict]:
     return rows
 
 
-def write_recipe(folder: Path, target: Path, rows: list[dict], **changes: dict) -> Path:
+def write_recipe(folder: Path, target: Path, rows: list[dict], /, **changes: dict) -> Path:
     """A recipe over these rows with small numbers everywhere; `changes` update its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,7 +49,7 @@ def write_recipe(folder: Path, target: Path, rows: list[dict], **changes: dict) 
         "export": {"dtype": "float32"},
     }
     for section, values in changes.items():
-        recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+        recipe[section] = {**recipe.get(section, {}), **values} if isinstance(values, dict) else values
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path

@@ -70,6 +70,7 @@ class SglangEngine:
             }
         )
         self._server = SglangServer(words, log, cpu, temporary=self._scratch / "tmp")
+        self.url = self._server.url
         self._pool = ThreadPoolExecutor(AHEAD)
         self._http = httpx.Client(base_url=self._server.url, timeout=None)
         self._batches = 0
