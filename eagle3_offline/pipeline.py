@@ -176,6 +176,7 @@ class Demo:
         later = names[names.index(first) :]
         if first == "regenerate":
             self.run.discard("target")
+            self.run.discard("servers")  # what they were probed with
         for name, _, outputs in self.stages():
             if name in later:
                 self.run.discard(f"train.{self.draft.name}" if name == "train" else name, *outputs)

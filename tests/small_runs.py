@@ -75,9 +75,9 @@ class Cli:
         assert result.exit_code == exit_code, f"{words}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
         return json.loads(result.stdout.splitlines()[-1]) if exit_code == 0 else result.output
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        """The stage in a process of its own."""
-        command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words)]
+    def start(self, *words: str, more: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        """The stage in a process of its own; `more` comes last."""
+        command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words), *more]
         env = {**own_environment(), **environment}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
