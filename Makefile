@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 demo: $(VENV)/.installed
 	$(VENV)/bin/eagle3-offline demo --target $(TARGET)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-sglang
 	$(VENV)/bin/pytest
 
 soak: $(VENV)/.installed-test
@@ -20,6 +20,10 @@ soak: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The real SGLang, on a CPU. Where it cannot be installed, the tests that need it skip with that reason, or fail in CI.
+$(VENV)/.installed-sglang: $(VENV)/.installed-test tests/sglang/cpu/install.sh tests/sglang/cpu/*.txt
+	tests/sglang/cpu/install.sh $(VENV) && touch $@ || echo "SGLang could not be installed here: its tests will be skipped"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -21,8 +21,8 @@ from .records import UserError
 def opt(default: Any, doc: str) -> Any:
     """A config field with its one-line doc."""
     metadata = {"doc": doc}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -49,7 +49,10 @@ class TargetConfig:
     model: str = opt("smollm2", "hub name or local folder of the target; `smollm2` and `tiny` are the demo's own targets")
     revision: str | None = opt(None, "hub revision; none: the newest")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "dtype in which the target runs; auto: that of its config")
-    engine: Literal["auto", "transformers"] = opt("auto", "what runs the target; auto: transformers, embedded")
+    engine: Literal["auto", "sglang", "transformers"] = opt(
+        "auto", "what runs the target; auto: SGLang where it is installed and there is a GPU, else transformers, embedded"
+    )
+    sglang: dict[str, Any] = opt({}, "arguments for the SGLang that is started here, passed on untouched, such as {tp_size: 2}")
     layers: list[int] = opt([], "boundary indices of the captured layers (0 is the embedding's output); empty: [2, L//2, L-3]")
     max_length: int = opt(4096, "longest row in tokens, prompt and answers together; longer rows are rejected")
     chat_template: str | None = opt(None, "file with a chat template of your own; none: the tokenizer's")
@@ -84,13 +87,20 @@ class RegenerateConfig:
     temperature: float = opt(0.0, "sampling temperature; 0: greedy")
     top_p: float = opt(1.0, "nucleus sampling; 1: off")
     top_k: int = opt(0, "sample among the k most likely tokens; 0: off")
+    min_p: float = opt(0.0, "drop tokens less likely than this share of the likeliest; 0: off")
     max_tokens: int = opt(1024, "longest answer in tokens; a longer one is cut, kept and marked finish_reason `length`")
-    seed: int = opt(0, "seed of sampling; each row draws from (seed, row id), whatever the batch")
-    batch_size: int = opt(64, "rows that are answered at the same time")
+    seed: int = opt(
+        0, "seed of sampling; each row draws from (seed, row id), whatever the batch (SGLang: with enable_deterministic_inference only)"
+    )
+    batch_size: int = opt(64, "rows that transformers answers at the same time")
+    concurrency: int = opt(256, "rows that SGLang servers answer at the same time, over all servers")
+    timeout: float = opt(600.0, "seconds that one answer may take before its request is sent again")
+    attempts: int = opt(5, "times that a request is sent before its row is rejected")
+    patience: float = opt(300.0, "seconds without any living server after which the stage gives up")
 
     def __post_init__(self) -> None:
-        positive(self, "regenerate", "max_tokens", "batch_size")
-        share(self, "regenerate", "top_p")
+        positive(self, "regenerate", "max_tokens", "batch_size", "concurrency", "timeout", "attempts", "patience")
+        share(self, "regenerate", "top_p", "min_p")
         if self.temperature < 0 or self.top_k < 0:
             raise UserError(f"regenerate.temperature is {self.temperature} and top_k {self.top_k}; neither may be negative")
 
@@ -319,6 +329,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if value not in args:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {value!r}, a {type(value).__name__}; expected a mapping")
+        return {str(key): item for key, item in value.items()}
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(items)]

@@ -7,6 +7,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from . import runs
 from .capture import dump as capture_dump
@@ -31,7 +34,9 @@ from .store.reader import Dump
 from .store.repair import STALE_HOURS, abandoned
 from .store.seal import sealed
 from .store.verify import verify as store_verify
-from .target.folder import resolve_folder, text_config
+from .target.folder import resolve_folder, target_dtype, text_config
+from .target.serve import serve
+from .target.sglang_engine import generation_options
 from .target.smollm2 import smollm2_folder
 from .target.tiny import tiny_folder
 from .training.loop import train
@@ -59,8 +64,10 @@ def _target(run: Run, recipe: Recipe) -> OpenTarget:
 # One function per stage
 
 
-def regenerate_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:
-    return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop)
+def regenerate_units(
+    run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal, servers: tuple[str, ...] = (), retry_errors: bool = False
+) -> Summary:
+    return capture_regenerate.regenerate(run, recipe, _target(run, recipe), units, stop, servers, retry_errors)
 
 
 def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSignal) -> Summary:
@@ -78,7 +85,8 @@ def fit_basis(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
 
 
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
-    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, _target(run, recipe)), allow_partial)
+    target = _target(run, recipe)
+    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, target, run.claimed("dump-hidden")["engine"]), allow_partial)
 
 
 def import_dump(run: Run, recipe: Recipe, folder: Path, masks: Path | None, trust_ckpt: bool, stop: StopSignal) -> Summary:
@@ -149,6 +157,14 @@ def check_export(run: Run, recipe: Recipe) -> Summary:
     """The export that is there, against the trained draft and the dump."""
     dump = Dump.open(run.dump)
     return check_exported(run.draft(recipe.train.draft), dump.manifest, dump.target_json("config.json"))
+
+
+def serve_target(run: Run, recipe: Recipe, more: tuple[str, ...], stop: StopSignal, say: Callable[[str], None], **where: Any) -> Summary:
+    """SGLang servers of the target until a signal comes. more: SGLang's own arguments; where: see `target.serve.serve`."""
+    folder, target = target_folder(recipe.target), recipe.target
+    context = min(target.max_length, text_config(folder)["max_position_embeddings"])
+    options = generation_options(folder, target_dtype(target, folder), context, target.trust_remote_code, not torch.cuda.is_available())
+    return {"servers": serve({**options, **target.sglang}, more, run.folder / "logs", stop, say, **where)}
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
@@ -224,6 +240,7 @@ class Demo:
         later = names[names.index(first) :]
         if first == "regenerate":
             self.run.discard("target")
+            self.run.discard("servers")  # what they were probed with
         for name, _, outputs in self.stages():
             if name in later:
                 self.run.discard(f"train.{self.draft.name}" if name == "train" else name, *outputs)

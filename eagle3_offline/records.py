@@ -25,6 +25,10 @@ class CheckFailed(Exception):
     """Something that must hold does not: a check of the demo, a loss that stays finite. Exit code 1."""
 
 
+class EngineFailed(Exception):
+    """The target's engine died, or gave what it must not. What it was working on is not done; a re-run can help. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the stage to stop; everything finished so far is kept and a re-run goes on. Exit code 85."""
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Dump hidden states, one work unit per array task. The folder logs/ must exist before sbatch is called:
+# Dump hidden states, one work unit per array task. What follows the script goes to the stage, such as
+# --set target.engine=sglang. The folder logs/ must exist before sbatch is called:
 #   mkdir -p logs; RECIPE=llama.yaml RUN=runs/llama-8b sbatch --array=0-99 slurm/dump_hidden.sh
 #SBATCH --job-name=dump_hidden
 #SBATCH --nodes=1 --ntasks=1
@@ -10,4 +11,4 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 # shellcheck source=/dev/null
 [ ! -f slurm/site.env ] || . slurm/site.env
 # exec: Slurm's warning signal reaches the stage itself, and its exit code is the task's
-exec eagle3-offline dump-hidden --recipe "${RECIPE:?}" --run "${RUN:?}" --units "${SLURM_ARRAY_TASK_ID:?submit with --array}"
+exec eagle3-offline dump-hidden --recipe "${RECIPE:?}" --run "${RUN:?}" --units "${SLURM_ARRAY_TASK_ID:?submit with --array}" "$@"

@@ -6,7 +6,7 @@ import click
 
 from eagle3_offline import __version__
 
-from . import demo, doctor, dump_hidden, evaluate, export, prepare, regenerate, store, train
+from . import demo, doctor, dump_hidden, evaluate, export, prepare, regenerate, serve, store, train
 
 FLOW = """\b
 prepare -> regenerate -> dump-hidden -> store seal -> train -> export, evaluate
@@ -19,5 +19,5 @@ def main() -> None:
     pass
 
 
-for stage in (demo, doctor, prepare, regenerate, dump_hidden, store, train, export, evaluate):
+for stage in (demo, doctor, serve, prepare, regenerate, dump_hidden, store, train, export, evaluate):
     main.add_command(stage.command)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
-from eagle3_offline.records import CheckFailed, Stopped, Summary, TooManyRejected, UserError
+from eagle3_offline.records import CheckFailed, EngineFailed, Stopped, Summary, TooManyRejected, UserError
 from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, StopSignal, parse_units
 
 # They say what is wrong: a full or read-only disk, storage that fails or does not answer. A traceback would bury it.
@@ -58,7 +58,7 @@ def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
         _leave(stage, error, EXIT_USAGE)
     except TooManyRejected as error:
         _leave(stage, error, EXIT_REJECTED)
-    except CheckFailed as error:
+    except (CheckFailed, EngineFailed) as error:
         _leave(stage, error, EXIT_FAULT)
     except OSError as error:
         if error.errno not in DISK_ERRORS:

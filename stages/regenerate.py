@@ -10,15 +10,18 @@ from .common import parse_units, run_stage, sections, with_recipe, with_units
 @click.command("regenerate", **sections("target", "regenerate"))
 @with_recipe
 @with_units
-def command(recipe, overrides, run_folder, units, as_json):
+@click.option("--server", "servers", multiple=True, metavar="HOST:PORT", help="A running SGLang server to ask; repeatable.")
+@click.option("--retry-errors", is_flag=True, help="Answer the rejected rows again that a retry can help.")
+def command(recipe, overrides, run_folder, units, as_json, servers, retry_errors):
     """Let the target answer every user turn anew and keep the engine's own token ids.
 
-    Finished units are skipped, so a re-run goes on where it stopped. Rows that could not be answered go to errors/regenerate/.
+    Finished rows are kept, so a re-run goes on where it stopped. Rows that could not be answered go to errors/regenerate/.
+    Without --server the recipe's engine answers: an SGLang that is started here, or transformers.
     """
 
     def work(r, run, stop):
         from eagle3_offline import pipeline
 
-        return pipeline.regenerate_units(run, r, parse_units(units), stop)
+        return pipeline.regenerate_units(run, r, parse_units(units), stop, servers, retry_errors)
 
     run_stage("regenerate", recipe, overrides, run_folder, as_json, work)

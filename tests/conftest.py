@@ -112,3 +112,14 @@ def s3(s3_server, connect):
 
     connect(s3_server.environment)
     return new_prefix()
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory):
+    """The run folder of a whole demo on the tiny target."""
+    from .small_runs import demo
+
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = demo(run)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run

@@ -25,7 +25,7 @@ def conversations(count: int) -> list[dict]:
     return rows
 
 
-def write_recipe(folder: Path, model: Path, rows: list[dict], **changes: dict) -> Path:
+def write_recipe(folder: Path, model: Path, rows: list[dict], /, **changes: dict) -> Path:
     """A recipe over these rows with small numbers everywhere; `changes` update its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,9 +75,9 @@ class Cli:
         assert result.exit_code == exit_code, f"{words}: exit {result.exit_code}\n{result.output}\n{result.exception!r}"
         return json.loads(result.stdout.splitlines()[-1]) if exit_code == 0 else result.output
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        """The stage in a process of its own."""
-        command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words)]
+    def start(self, *words: str, more: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        """The stage in a process of its own; `more` comes last."""
+        command = [sys.executable, "-c", "from eagle3_offline.stages.cli import main; main()", *self.arguments(*words), *more]
         env = {**own_environment(), **environment}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
@@ -85,3 +85,19 @@ class Cli:
         basis = [["dump-hidden", "--fit-basis"]] if compact else []
         for words in (["prepare"], ["regenerate"], *basis, ["dump-hidden"], ["store", "seal"]):
             self.stage(*words)
+
+
+def demo(run: Path, *more: str) -> subprocess.CompletedProcess:
+    """The demo on the tiny target, in a process of its own."""
+    command = [
+        sys.executable,
+        "-c",
+        "from eagle3_offline.stages.cli import main; main()",
+        "demo",
+        "--target",
+        "tiny",
+        "--run",
+        str(run),
+        *more,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, env=own_environment())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows
 from ..progress import StageProgress
-from ..records import CapturedRow, Reject, Summary, TokenRow, UserError
+from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, UserError
 from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
@@ -33,8 +34,8 @@ BASIS_MARGIN = 1.2  # tokens that a basis is fitted on, as a multiple of what it
 Keep = Callable[[TokenRow, States], CapturedRow]
 
 
-def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
-    """What the manifest says of this dump."""
+def dump_spec(run: Run, recipe: Recipe, target: OpenTarget, engine: dict[str, str]) -> DumpSpec:
+    """What the manifest says of this dump. engine: name and version of what ran the target."""
     shape, config = text_config(target.folder), recipe.dump
     compact = config.mode == "compact"
     return DumpSpec(
@@ -46,7 +47,7 @@ def dump_spec(run: Run, recipe: Recipe, target: OpenTarget) -> DumpSpec:
         last_codec=None if compact else config.last_codec or config.aux_codec,
         compact=Compact(basis_rank(recipe, target), config.top_k, _basis_digest(run)) if compact else None,
         target=target.fingerprint,
-        engine={"name": "transformers"},
+        engine=engine,
         max_length=target.context,
         conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": _regenerate_settings(run)},
     )
@@ -77,8 +78,9 @@ def _basis_digest(run: Run) -> str:
 
 def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal) -> Summary:
     """Dump the units (all that the plan needs, for None). Sealed parts are skipped; a stop loses at most the current part."""
-    spec = dump_spec(run, recipe, target)
-    run.claim(STAGE, {"spec": digest(spec.to_dict()), "layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec})
+    spec = dump_spec(run, recipe, target, {"name": target.engine_name, "version": target.engine_version()})
+    short = {"layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec, "engine": spec.engine}
+    run.claim(STAGE, {"spec": digest(spec.to_dict()), **short})
     if spec.compact is None:
         _write_target(run, target)
     plan = run.read_plan()
@@ -86,12 +88,38 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     chosen = [unit for unit in plan.select(numbers) if unit in needed]
     todo = [unit for unit in chosen if not store_seal.sealed(run.dump, unit.unit)]
     check_space(run, spec, todo, recipe.dump.force)
-    engine: Engine | None = None
     with StageProgress(STAGE, sum(len(unit.rows) for unit in todo)) as progress:
-        for unit in todo:
-            engine = engine or target.engine()
-            _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+        failed = _dump_units(run, todo, target, spec, recipe, stop, progress)
+    if failed:
+        first = min(failed)
+        raise EngineFailed(f"units {sorted(failed)} are not dumped, run them again; unit {first}: {failed[first]}")
     return _summary(run, chosen, recipe)
+
+
+def _dump_units(
+    run: Run, units: list[Unit], target: OpenTarget, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress
+) -> dict[int, EngineFailed]:
+    """Dump them one by one; the units during which the engine failed, with the reason. The next unit gets a new engine.
+
+    An engine that does not even start, or fails twice in a row, is broken for good.
+    """
+    failed: dict[int, EngineFailed] = {}
+    engine: Engine | None = None
+    try:
+        for unit in units:
+            engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
+            try:
+                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+            except EngineFailed as error:
+                failed[unit.unit] = error
+                engine.close()
+                engine = None
+                if unit.unit - 1 in failed:
+                    break
+    finally:
+        if engine is not None:
+            engine.close()
+    return failed
 
 
 def _write_target(run: Run, target: OpenTarget, basis: dict | None = None) -> None:
@@ -144,10 +172,9 @@ def _keep(run: Run, spec: DumpSpec) -> Keep:
 
 def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
     rows = read_token_rows(run.tokens(unit.unit))
+    limit = min(spec.max_length, engine.longest_row or spec.max_length)
     rejects = [
-        Reject(f"too long: {len(row.input_ids)} tokens, the limit is {spec.max_length}", id=row.id)
-        for row in rows
-        if len(row.input_ids) > spec.max_length
+        Reject(f"too long: {len(row.input_ids)} tokens, the limit is {limit}", id=row.id) for row in rows if len(row.input_ids) > limit
     ]
     too_long = {reject.id for reject in rejects}
     rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
@@ -156,9 +183,10 @@ def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Rec
     with BackgroundPart(part) as background:
         for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
             part.reject(reject)
-        for batch in token_batches(rows, recipe.dump.batch_tokens):
+        batches = list(token_batches(rows, recipe.dump.batch_tokens))
+        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
-            for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
+            for row, states in zip(batch, captured, strict=True):
                 background.add(keep(row, states))
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
         rejects += background.finish()  # not finite, say: these rows only
@@ -201,11 +229,12 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
     moments = Moments(channels, shape["hidden_size"])
     norm = head_tensors(target.folder, target.dtype)["norm.weight"].float()
     rows = _basis_rows(run, int(BASIS_MARGIN * TOKENS_PER_CHANNEL * channels))
-    engine = target.engine()
-    with StageProgress("fit-basis", len(rows)) as progress:
-        for batch in token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens):
+    batches = list(token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens))
+    engine = target.engine(run.folder / "logs" / "sglang-fit-basis.log", recipe.dump.batch_tokens)
+    with closing(engine), StageProgress("fit-basis", len(rows)) as progress:
+        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
-            for row, states in zip(batch, engine.prefill([row.input_ids for row in batch]), strict=True):
+            for row, states in zip(batch, captured, strict=True):
                 aux, last = states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))]
                 if all_finite(aux, target.dtype) and all_finite(last, target.dtype):  # else `dump-hidden` rejects the row
                     moments.add(row, aux, last, norm, target.dtype)

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import cached_property
+from typing import Self
 
-import numpy as np
-
-from ..config import Recipe
+from ..config import Recipe, RegenerateConfig
 from ..conversations.prepare import read_unit
 from ..conversations.token_rows import answer_tokens, write_token_rows
 from ..progress import StageProgress
-from ..records import Conversation, Message, Reject, Summary, TokenRow, UserError
+from ..records import Summary, UserError
 from ..runs import Run, StopSignal, Unit, check_rejected, digest, write_jsonl
-from ..target.engine import Completion, Engine, Request, Sampling
+from ..store.seal import sealed
+from ..target.engine import Sampling
+from ..target.transformers_engine import TransformersEngine
+from .ask_servers import Servers
+from .dialogues import Dialogue, ask, begin, take
+from .journal import Journal, journal_path, reopen
 from .target import OpenTarget
 
 STAGE = "regenerate"
 
 
-@dataclass
-class Dialogue:
-    """A conversation while it is answered, turn by turn."""
-
-    row: Conversation
-    pending: list[Message]  # user messages not yet asked
-    history: list[Message]  # messages so far, answers as text
-    ids: list[int] = field(default_factory=list)
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    finish_reasons: list[str] = field(default_factory=list)
-    reject: Reject | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether there is a turn to ask: after an answer that was cut by length none is."""
-        return self.reject is None and bool(self.pending) and "length" not in self.finish_reasons
-
-
-def settings(run: Run, recipe: Recipe, target: OpenTarget) -> dict[str, object]:
-    """What the answers depend on; the batch size is none of it."""
-    sampling = {k: v for k, v in dataclasses.asdict(recipe.regenerate).items() if k != "batch_size"}
+def settings(run: Run, recipe: Recipe, target: OpenTarget, engine: str) -> dict[str, object]:
+    """What the answers depend on; how many are asked for at once, and how often, is none of it."""
+    pace = ("batch_size", "concurrency", "timeout", "attempts", "patience")
+    sampling = {k: v for k, v in dataclasses.asdict(recipe.regenerate).items() if k not in pace}
     return {
         **sampling,
+        "engine": engine,
         "dtype": target.dtype,
         "context": target.context,
         "target": digest(target.fingerprint),
@@ -49,22 +38,41 @@ def settings(run: Run, recipe: Recipe, target: OpenTarget) -> dict[str, object]:
     }
 
 
-def regenerate(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal) -> Summary:
-    """Answer the units (all that the plan needs, for None). Finished units are skipped; a stop loses at most the current one."""
-    run.claim(STAGE, settings(run, recipe, target))
+def regenerate(
+    run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal,
+    servers: tuple[str, ...] = (), retry_errors: bool = False,
+) -> Summary:  # fmt: skip
+    """Answer the units (all that the plan needs, for None). Finished units are skipped; a stop loses unfinished rows only.
+
+    servers: running SGLang servers to ask; none: the recipe's engine. retry_errors: also answer rejected rows that a retry can help.
+    """
+    over_http = bool(servers) or target.engine_name == "sglang"
+    run.claim(STAGE, settings(run, recipe, target, "sglang" if over_http else "transformers"))
     plan = run.read_plan()
     chosen = plan.select(numbers)
-    engine: Engine | None = None
-    with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress:
+    if retry_errors:
+        _reopen(run, chosen)
+    asker: Asker = Servers(target, recipe.regenerate, servers, run) if over_http else Batches(target, recipe.regenerate)
+    with StageProgress(STAGE, sum(len(unit.rows) for unit in chosen)) as progress, asker:
         for unit in chosen:
             if unit not in plan.needed(lambda u: answer_tokens(run.tokens(u.unit))) or run.tokens(unit.unit).is_file():
                 progress.total -= len(unit.rows)  # spare, since the answer-token limit is reached, or finished
                 continue
-            engine = engine or target.engine()
-            _answer_unit(run, unit, engine, target, recipe, stop, progress)
+            _answer_unit(run, unit, asker, progress, stop)
     result = summary(run, chosen)
     check_rejected(STAGE, result["done"], result["rejected"], recipe.max_rejected, run.errors(STAGE))
     return result
+
+
+def _reopen(run: Run, units: list[Unit]) -> None:
+    finished = [unit for unit in units if run.tokens(unit.unit).is_file()]
+    worth = [unit for unit in finished if any(reject.retry for reject in run.read_rejects(STAGE, unit.unit))]
+    if dumped := [unit.unit for unit in worth if sealed(run.dump, unit.unit)]:
+        raise UserError(
+            f"units {dumped} are dumped already without their rejected rows; remove their folders in {run.dump} to add the rows"
+        )
+    for unit in worth:
+        reopen(run, unit, STAGE)
 
 
 def summary(run: Run, units: list[Unit]) -> Summary:
@@ -79,75 +87,64 @@ def summary(run: Run, units: list[Unit]) -> Summary:
     }
 
 
-def _answer_unit(
-    run: Run, unit: Unit, engine: Engine, target: OpenTarget, recipe: Recipe, stop: StopSignal, progress: StageProgress
-) -> None:
-    config = recipe.regenerate
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.seed)
-    dialogues = [_begin(row) for row in read_unit(run, unit)]
-    while asking := [dialogue for dialogue in dialogues if dialogue.open]:
-        requests = [_ask(dialogue, target, config.max_tokens) for dialogue in asking]
-        todo = [(d, r) for d, r in zip(asking, requests, strict=True) if r is not None]
-        todo.sort(key=lambda pair: len(pair[1].prompt))  # less padding
-        for start in range(0, len(todo), config.batch_size):
-            stop.check()
-            batch = todo[start : start + config.batch_size]
-            answers = engine.generate([request for _, request in batch], sampling)
-            for (dialogue, request), answer in zip(batch, answers, strict=True):
-                _take(dialogue, request, answer, target)
-            over = sum(not dialogue.open for dialogue, _ in batch)
-            progress.advance(over, sum(len(answer.token_ids) for answer in answers))
+def _answer_unit(run: Run, unit: Unit, asker: Asker, progress: StageProgress, stop: StopSignal) -> None:
+    """Answer what an earlier attempt left open, and publish the unit."""
+    dialogues = [begin(row) for row in read_unit(run, unit)]
+    with Journal(journal_path(run, unit.unit)) as journal:
+        asking = [dialogue for dialogue in dialogues if not journal.restore(dialogue)]
+        progress.total -= len(dialogues) - len(asking)
+
+        def done(dialogue: Dialogue) -> None:
+            journal.add(dialogue)
+            progress.advance(1, sum(end - start for start, end in dialogue.turns))
+
+        asker.answer_all(asking, stop, done)
     _write_unit(run, unit, dialogues)
+    journal.path.unlink()
 
 
-def _begin(row: Conversation) -> Dialogue:
-    history = [message for message in row.messages if message.role == "system"]
-    return Dialogue(row, [message for message in row.messages if message.role == "user"], history)
+class Batches:
+    """Answers from transformers in this process: all open dialogues' next turns, batch by batch."""
+
+    def __init__(self, target: OpenTarget, config: RegenerateConfig):
+        self.target, self.config = target, config
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @cached_property
+    def engine(self) -> TransformersEngine:
+        return self.target.transformers()
+
+    def answer_all(self, dialogues: list[Dialogue], stop: StopSignal, done: Callable[[Dialogue], None]) -> None:
+        """Bring every dialogue to its end; `done` is called as each gets there."""
+        config = self.config
+        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.seed, config.min_p)
+        while asking := [dialogue for dialogue in dialogues if dialogue.open]:
+            todo = [(dialogue, ask(dialogue, self.target, config.max_tokens)) for dialogue in asking]
+            for dialogue in (dialogue for dialogue, request in todo if request is None):
+                done(dialogue)
+            todo = [(dialogue, request) for dialogue, request in todo if request is not None]
+            todo.sort(key=lambda pair: len(pair[1].prompt))  # less padding
+            for start in range(0, len(todo), config.batch_size):
+                stop.check()
+                batch = todo[start : start + config.batch_size]
+                answers = self.engine.generate([request for _, request in batch], sampling)
+                for (dialogue, request), answer in zip(batch, answers, strict=True):
+                    take(dialogue, request, answer, self.target)
+                    if not dialogue.open:
+                        done(dialogue)
 
 
-def _ask(dialogue: Dialogue, target: OpenTarget, max_tokens: int) -> Request | None:
-    """The request for the next answer; None (and a reject) where it can't be asked."""
-    dialogue.history.append(dialogue.pending.pop(0))
-    try:
-        prompt = (
-            target.template.next_prompt(dialogue.ids, dialogue.history)
-            if dialogue.turns
-            else target.template.first_prompt(dialogue.history)
-        )
-    except UserError as error:
-        dialogue.reject = Reject(str(error), id=dialogue.row.id)
-        return None
-    if len(prompt) >= target.context:
-        dialogue.reject = Reject(
-            f"the prompt has {len(prompt)} tokens; with at least one answer token the limit is {target.context}", id=dialogue.row.id
-        )
-        return None
-    return Request(f"{dialogue.row.id}#{len(dialogue.turns)}", prompt, min(max_tokens, target.context - len(prompt)))
-
-
-def _take(dialogue: Dialogue, request: Request, answer: Completion, target: OpenTarget) -> None:
-    """Append an answer. One without any text is no answer: the row is rejected."""
-    text = target.template.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-    if not text.strip():
-        dialogue.reject = Reject(
-            f"no assistant turn: the target's answer to turn {len(dialogue.turns)} is empty", id=dialogue.row.id, retry=True
-        )
-        return
-    start = len(request.prompt)
-    dialogue.ids = [*request.prompt, *answer.token_ids]
-    dialogue.turns.append((start, len(dialogue.ids)))
-    dialogue.finish_reasons.append(answer.finish_reason)
-    dialogue.history.append(Message("assistant", text))
+Asker = Batches | Servers
 
 
 def _write_unit(run: Run, unit: Unit, dialogues: list[Dialogue]) -> None:
     """Text for people and rejects first; the parquet file last, since its presence means done."""
     done = [dialogue for dialogue in dialogues if dialogue.reject is None]
-    rows = [
-        TokenRow(d.row.id, d.row.source, unit.split, np.array(d.ids, np.int32), tuple(d.turns), tuple(d.finish_reasons))
-        for d in done
-    ]  # fmt: skip
-    texts = [{"id": d.row.id, "conversations": [dataclasses.asdict(m) for m in d.history], "source": d.row.source} for d in done]
-    write_jsonl(run.regenerated(unit.unit), texts)
+    write_jsonl(run.regenerated(unit.unit), [dialogue.text() for dialogue in done])
     run.write_rejects(STAGE, unit.unit, [d.reject for d in dialogues if d.reject is not None])
-    write_token_rows(run.tokens(unit.unit), rows)
+    write_token_rows(run.tokens(unit.unit), [dialogue.token_row(unit.split) for dialogue in done])

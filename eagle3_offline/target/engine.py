@@ -6,6 +6,8 @@ Hugging Face, for b < L. Legend: T tokens of a row, H hidden size, L decoder lay
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,12 +18,17 @@ from ..records import UserError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
+    """How answers are drawn. temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 are off."""
 
     temperature: float
     top_p: float
     top_k: int
     seed: int
+    min_p: float = 0.0
+
+    def seed_of(self, request: str) -> int:
+        """The seed of one answer, from the seed and the request's id alone."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {request}".encode()).digest()[:7], "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +61,18 @@ class States:
 
 
 class Engine(Protocol):
-    """Runs the target."""
+    """Runs the target over whole rows. Both engines do; answers come from one of them in batches, from SGLang over HTTP."""
 
     name: str
     version: str
     dtype: str  # key of records.STORAGE_DTYPE
+    longest_row: int | None  # in tokens; None: as long as the target's context
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        """One answer per request, in order."""
+    def prefill_batches(self, batches: Iterable[list[np.ndarray]]) -> Iterator[list[States]]:
+        """Hidden states of each batch of whole rows [T] int32, in order. May be ahead of the caller by a batch."""
 
-    def prefill(self, rows: list[np.ndarray]) -> list[States]:
-        """Hidden states of whole rows [T] int32, in order, from one batch."""
+    def close(self) -> None:
+        """Free what it holds; it is not used again."""
 
 
 def capture_layers(wanted: list[int], num_layers: int) -> tuple[int, ...]:

@@ -5,8 +5,7 @@ Legend: B rows of a batch, P padded length, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ class TransformersEngine:
 
     name = "transformers"
     version = transformers.__version__
+    longest_row = None
 
     def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False):
         """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE."""
@@ -47,7 +47,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         answers: list[list[int]] = [[] for _ in requests]
-        draws = [_generator(sampling.seed, request.id) for request in requests]
+        draws = [torch.Generator().manual_seed(sampling.seed_of(request.id)) for request in requests]
         lengths = torch.tensor([len(request.prompt) for request in requests])
         mask = torch.arange(int(lengths.max()))[None] >= lengths.max() - lengths[:, None]  # [B, P], left-padded
         ids = torch.zeros(mask.shape, dtype=torch.int64)
@@ -73,8 +73,15 @@ class TransformersEngine:
 
     # -- capture
 
+    def prefill_batches(self, batches: Iterable[list[np.ndarray]]) -> Iterator[list[States]]:
+        return map(self.prefill, batches)
+
+    def close(self) -> None:
+        del self.model
+
     @torch.inference_mode()
     def prefill(self, rows: list[np.ndarray]) -> list[States]:
+        """Hidden states of rows [T], from one batch."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, P], right-padded: causal rows never see it
         ids = torch.zeros(mask.shape, dtype=torch.int64)
@@ -150,21 +157,16 @@ def end_of_turn_ids(folder: Path) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-    return torch.Generator().manual_seed(number)
-
-
 def _draw(logits: Tensor, sampling: Sampling, draws: list[torch.Generator]) -> list[int]:
     """One token per row of logits [B, V]."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    probabilities = truncate(logits / sampling.temperature, sampling.top_p, sampling.top_k).softmax(-1)
+    probabilities = truncate(logits / sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p).softmax(-1)
     return [int(torch.multinomial(row, 1, generator=draw)) for row, draw in zip(probabilities, draws, strict=True)]
 
 
-def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Logits [B, V] with everything outside the k most likely, then outside the nucleus, at -inf."""
+def truncate(logits: Tensor, top_p: float, top_k: int, min_p: float = 0.0) -> Tensor:
+    """Logits [B, V] with everything outside the k most likely, the nucleus, and min_p of the likeliest, at -inf; in this order."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -173,4 +175,7 @@ def truncate(logits: Tensor, top_p: float, top_k: int) -> Tensor:
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass ahead of each token
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logits = logits.masked_fill(outside, float("-inf"))
+    if min_p:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), float("-inf"))
     return logits

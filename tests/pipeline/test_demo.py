@@ -5,35 +5,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 
-from ..small_runs import own_environment
-
-
-def demo(run, *more):
-    command = [
-        sys.executable,
-        "-c",
-        "from eagle3_offline.stages.cli import main; main()",
-        "demo",
-        "--target",
-        "tiny",
-        "--run",
-        str(run),
-        *more,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=own_environment())
-
-
-@pytest.fixture(scope="session")
-def tiny_demo(tmp_path_factory):
-    run = tmp_path_factory.mktemp("demo") / "run"
-    done = demo(run)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return run
+from ..small_runs import demo
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ def stage_commands(text: str) -> list[list[str]]:
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
         if "eagle3-offline " in line and not line.lstrip().startswith("#"):
+            line = line.replace(' "$@"', "")  # options that the user adds
             plain = re.sub(r'"?\$\{?\w+(:[^}]*)?\}?"?', "7", line.split("eagle3-offline ", 1)[1])
             commands.append(shlex.split(plain))
     return commands

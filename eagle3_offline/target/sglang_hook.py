@@ -1,0 +1,174 @@
+"""Captures hidden states inside SGLang's scheduler process, through SGLang's own argument `forward_hooks`.
+
+SGLang calls `boundary` and `head` with the config that `hook_specs` made, and registers the hooks that they return. A prefill
+batch comes as one flat run of tokens; when the head is reached, each request's piece is written to a file of its own, and
+`read_row` joins a row's pieces in the process that asked for it. Nothing here may raise inside SGLang, which would take the
+server down without a reason: what is wrong goes to ERROR, and from then on nothing is captured.
+
+Legend: N tokens of a batch, T tokens of a row, S states (the boundaries, then the last), H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RID = "eagle3-"  # prefix of our request ids: health checks and warm-ups are not captured
+ERROR = "error.txt"
+STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the process that starts the server and asks for rows
+
+
+def hook_specs(layers: tuple[int, ...], folder: Path, dtype: str) -> list[dict[str, Any]]:
+    """The value of `--forward-hooks`. Boundary b is what leaves layer b - 1; boundary 0 what leaves the embedding."""
+    config = {"folder": str(folder), "layers": list(layers), "dtype": dtype}
+
+    def spec(name: str, module: str, factory: str, **more: int) -> dict[str, Any]:
+        hook_factory = f"{__name__}:{factory}"
+        return {"name": name, "target_modules": [module], "hook_factory": hook_factory, "config": {**config, **more}}
+
+    modules = {b: f"*layers.{b - 1}" if b else "*embed_tokens" for b in layers}
+    boundaries = [spec(f"boundary {b}", modules[b], "boundary", boundary=b) for b in layers]
+    return [*boundaries, spec("head", "*logits_processor", "head")]
+
+
+def read_row(folder: Path, rid: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [T] and states [S, T, H] of a finished request, joined from its pieces; their files are removed.
+
+    Raises CaptureError where the pieces are not the row's `length` tokens exactly once.
+    """
+    paths = sorted(folder.glob(f"{rid}.*.npy"))  # the prefix length in the name has leading zeros
+    ids, states, end = [], [], 0
+    for path in paths:
+        start = int(path.name.split(".")[-2])
+        with open(path, "rb") as handle:
+            ids.append(np.load(handle))
+            states.append(np.load(handle))
+        if start != end:
+            break
+        end += len(ids[-1])
+    found = [(int(path.name.split(".")[-2])) for path in paths]
+    for path in paths:
+        path.unlink()
+    if not paths or end != length or sum(map(len, ids)) != length:
+        raise CaptureError(f"{end} tokens in pieces that start at {found}, expected {length} without a gap")
+    return np.concatenate(ids), states[0] if len(states) == 1 else np.concatenate(states, axis=1)
+
+
+class CaptureError(Exception):
+    """What was captured is not the row that was asked for."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the scheduler process
+
+
+def boundary(config: dict[str, Any]) -> Callable[..., None]:
+    """The hook of a decoder layer (or the embedding): keep the residual stream that leaves it."""
+    capture = _capture(config)
+
+    def hook(_module: torch.nn.Module, _args: tuple, output: Any) -> None:
+        capture.guard(capture.keep, config["boundary"], output)
+
+    return hook
+
+
+def head(config: dict[str, Any]) -> Callable[..., None]:
+    """The hook of the logits processor, the last module of a forward pass: write what was kept."""
+    capture = _capture(config)
+
+    def hook(_module: torch.nn.Module, args: tuple, _output: Any) -> None:
+        capture.guard(capture.write, args)
+
+    return hook
+
+
+class Capture:
+    """What one forward pass has left so far."""
+
+    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: torch.dtype):
+        self.folder, self.layers, self.dtype = folder, layers, dtype
+        self.kept: dict[int, Tensor] = {}  # boundary -> [N, H]
+        self.failed = False
+
+    def guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do the work; note the first thing that goes wrong."""
+        if self.failed:
+            return
+        try:
+            work(*args)
+        except Exception as error:  # noqa: BLE001: see above
+            self.failed = True
+            self.kept.clear()
+            temporary = self.folder / f".{ERROR}"
+            temporary.write_text(f"{type(error).__name__}: {error}" if not isinstance(error, CaptureError) else str(error))
+            temporary.rename(self.folder / ERROR)
+
+    def keep(self, number: int, output: Any) -> None:
+        """The sum of hidden states and residual, as a tensor of its own: SGLang's norms work in place."""
+        if number in self.kept:
+            raise CaptureError(f"two modules of the target look like the one of boundary {number}; it has more than one stack of layers")
+        parts = output if isinstance(output, tuple) else (output, None)
+        if len(parts) != 2 or not isinstance(parts[0], Tensor) or not isinstance(parts[1], Tensor | None):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise CaptureError(f"the module of boundary {number} returns ({kinds}), expected hidden states and residual")
+        hidden, residual = parts
+        if any(getattr(part, "_sglang_needs_allreduce_fusion", False) for part in parts):
+            raise CaptureError("SGLang deferred an all-reduce, so a rank has partial sums only; switch the all-reduce fusion off")
+        self.kept[number] = hidden.clone() if residual is None else hidden + residual
+
+    def write(self, args: tuple) -> None:
+        """One file for each request's piece of the batch, on the first rank."""
+        kept, self.kept = self.kept, {}
+        if len(args) < 4:
+            raise CaptureError(f"the logits processor got {len(args)} positional arguments, expected ids, states, head and batch")
+        input_ids, last, _, batch = args[:4]
+        rids = getattr(batch, "rids", None) or []
+        if not batch.forward_mode.is_extend() or not any(rid.startswith(RID) for rid in rids):
+            return
+        if batch.forward_mode.is_mixed():
+            raise CaptureError("a batch mixes prefill and decoding; start SGLang without --enable-mixed-chunk")
+        if missing := [b for b in self.layers if b not in kept]:
+            raise CaptureError(f"no module of the target looks like the one of boundaries {missing}: its decoder layers were not found")
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return  # every rank has the same states; the first one writes
+        lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
+        states = [kept[b] for b in self.layers] + [last]
+        if wrong := [list(state.shape) for state in states if state.dim() != 2 or len(state) != sum(lengths)]:
+            raise CaptureError(f"states are {wrong}, expected [{sum(lengths)}, H]: the batch is split over ranks, or padded")
+        flat = torch.stack([state.to(self.dtype) for state in states]).cpu()  # [S, N, H]
+        stored = flat.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else flat.numpy()
+        ids, start = input_ids.to(torch.int32).cpu().numpy(), 0
+        for rid, length, prefix in zip(rids, lengths, prefixes, strict=True):
+            if rid.startswith(RID):
+                self._write_piece(rid, prefix, ids[start : start + length], stored[:, start : start + length])
+            start += length
+
+    def _write_piece(self, rid: str, prefix: int, ids: np.ndarray, states: np.ndarray) -> None:
+        if prefix == 0:  # a request that was taken back starts again
+            for old in self.folder.glob(f"{rid}.*.npy"):
+                old.unlink()
+        temporary = self.folder / f".{rid}.{os.getpid()}"
+        with open(temporary, "wb") as handle:
+            np.save(handle, ids)
+            np.save(handle, states)
+        temporary.rename(self.folder / f"{rid}.{prefix:09d}.npy")
+
+
+_captures: dict[str, Capture] = {}  # one per server; the hooks of all modules share it
+
+
+def _capture(config: dict[str, Any]) -> Capture:
+    folder = config["folder"]
+    if folder not in _captures:
+        _captures[folder] = Capture(Path(folder), tuple(config["layers"]), STORED[config["dtype"]])
+    return _captures[folder]

@@ -1,0 +1,200 @@
+"""What surrounds SGLang, without SGLang: its command line, what is refused, and the capture hooks on made-up batches."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from eagle3_offline.records import UserError
+from eagle3_offline.target import sglang_hook, sglang_server
+from eagle3_offline.target.engine import Request
+from eagle3_offline.target.serve import without
+from eagle3_offline.target.server_pool import completion, normal_url, retry_after
+from eagle3_offline.target.sglang_hook import ERROR, CaptureError, hook_specs, read_row
+
+H = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def test_options_become_words():
+    options = {
+        "tp_size": 2,
+        "trust_remote_code": True,
+        "x": None,
+        "y": False,
+        "a": ["b", 1],
+        "forward_hooks": [{"name": "n"}],
+        "j": {"k": 1},
+    }
+    words = ["--tp-size", "2", "--trust-remote-code", "--a", "b", "1", "--forward-hooks", '[{"name": "n"}]', "--j", '{"k": 1}']
+    assert sglang_server.command_line(options) == words
+
+
+@pytest.mark.parametrize(
+    "options, config, message",
+    [
+        ({"model_path": "x"}, {}, "sets model_path, which eagle3-offline sets itself"),
+        ({"forward-hooks": []}, {}, "sets forward_hooks"),
+        ({"pp_size": 2}, {}, "pipeline parallelism"),
+        ({"dp-size": 4}, {}, "data parallelism"),
+        ({"enable_dp_attention": True}, {}, "DP attention"),
+        ({"enable_mixed_chunk": True}, {}, "mixed chunks"),
+        ({"quantization": "fp8"}, {}, "another model than the dumped head's"),
+        ({}, {"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+    ],
+)
+def test_what_a_dump_cannot_be_made_with_is_refused_with_the_reason(options, config, message):
+    with pytest.raises(UserError, match=message):
+        sglang_server.check_options(options, config, capture=True)
+
+
+def test_what_is_harmless_is_passed_on():
+    sglang_server.check_options({"tp_size": 2, "pp_size": 1, "enable_mixed_chunk": False}, {}, capture=True)
+    sglang_server.check_options({"quantization": "fp8"}, {}, capture=False)  # answers may come from anything
+
+
+@pytest.mark.parametrize("version, fine", [("0.5.17", True), ("0.5.22.post1", True), ("0.5.16", False), ("0.5.23", False), (None, False)])
+def test_versions_that_were_not_tested_are_refused_with_the_range(monkeypatch, version, fine):
+    monkeypatch.setattr(sglang_server, "installed_version", lambda: version)
+    if fine:
+        assert sglang_server.require_tested_version() == version
+    else:
+        with pytest.raises(UserError, match=r"0\.5\.17 to 0\.5\.22"):
+            sglang_server.require_tested_version()
+
+
+def test_what_follows_the_dashes_replaces_our_defaults():
+    options = {"max_running_requests": 32, "attention_backend": "torch_native", "dtype": "float32"}
+    assert without(options, ("--max-running-requests=8", "--decode-attention-backend", "intel_amx")) == {"dtype": "float32"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Capture
+
+
+class Mode:
+    def __init__(self, extend=True, mixed=False):
+        self.is_extend, self.is_mixed = (lambda: extend), (lambda: mixed)
+
+
+def batch(pieces, **mode):
+    """A forward batch of (rid, prefix length, tokens)."""
+    rids, prefixes, lengths = ([piece[n] for piece in pieces] for n in range(3))
+    return types.SimpleNamespace(rids=rids, extend_prefix_lens_cpu=prefixes, extend_seq_lens_cpu=lengths, forward_mode=Mode(**mode))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """run(pieces): a forward pass in which boundary b of token t is 100 b + t, through the hooks that SGLang would register."""
+    specs = hook_specs((0, 2), tmp_path, "float32")
+    hooks = [getattr(sglang_hook, spec["hook_factory"].split(":")[1])(spec["config"]) for spec in specs]
+    assert [spec["target_modules"] for spec in specs] == [["*embed_tokens"], ["*layers.1"], ["*logits_processor"]]
+
+    def run(pieces, skip=(), double=False, rows=None, **mode):
+        tokens = torch.cat([torch.arange(prefix, prefix + length) for _, prefix, length in pieces])
+        state = tokens[: rows or len(tokens), None].float().expand(-1, H)
+        outputs = [state, (state + 150, torch.full_like(state, 50.0))]
+        for number, (hook, output) in enumerate(zip(hooks[:2], outputs, strict=True)):
+            for _ in range(1 + double):
+                if number not in skip:
+                    hook(None, (), output)
+        hooks[2](None, (tokens, state + 900, None, batch(pieces, **mode)), None)
+
+    yield run
+    sglang_hook._captures.pop(str(tmp_path))
+
+
+def expected(length: int) -> np.ndarray:
+    tokens = np.arange(length, dtype=np.float32)[:, None].repeat(H, 1)
+    return np.stack([tokens, tokens + 200, tokens + 900])
+
+
+def test_pieces_of_a_row_are_joined_and_others_are_left_alone(model, tmp_path):
+    model([("eagle3-0-0", 0, 5), ("HEALTH_CHECK_1", 0, 1), ("eagle3-0-1", 0, 3)])
+    model([("eagle3-0-1", 3, 4)])
+    model([("eagle3-0-1", 7, 2), ("eagle3-0-2", 0, 1)], extend=False)  # decoding
+    for rid, length in (("eagle3-0-0", 5), ("eagle3-0-1", 7)):
+        ids, states = read_row(tmp_path, rid, length)
+        assert ids.tolist() == list(range(length)) and np.array_equal(states, expected(length))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_starts_again_is_taken_from_there(model, tmp_path):
+    model([("eagle3-0-0", 0, 4)])
+    model([("eagle3-0-0", 4, 2)])
+    model([("eagle3-0-0", 0, 3)])
+    model([("eagle3-0-0", 3, 5)])
+    assert np.array_equal(read_row(tmp_path, "eagle3-0-0", 8)[1], expected(8))
+
+
+@pytest.mark.parametrize("pieces", [[], [(0, 3)], [(2, 6)], [(0, 3), (4, 4)], [(0, 9)]])
+def test_a_row_with_a_gap_is_refused(model, tmp_path, pieces):
+    for prefix, length in pieces:
+        model([("eagle3-0-0", prefix, length)])
+    with pytest.raises(CaptureError, match="expected 8 without a gap"):
+        read_row(tmp_path, "eagle3-0-0", 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"skip": (1,)}, r"boundaries \[2\]: its decoder layers were not found"),
+        ({"double": True}, "more than one stack of layers"),
+        ({"rows": 2}, "split over ranks, or padded"),
+        ({"mixed": True}, "--enable-mixed-chunk"),
+    ],
+)
+def test_what_cannot_be_captured_is_written_down_and_never_raised(model, tmp_path, how, message):
+    import re
+
+    model([("eagle3-0-0", 0, 5)], **how)
+    assert re.search(message, (tmp_path / ERROR).read_text())
+    model([("eagle3-0-0", 0, 5)])  # from then on nothing is captured
+    assert [path.name for path in tmp_path.iterdir()] == [ERROR]
+
+
+def test_a_deferred_all_reduce_is_refused(tmp_path):
+    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32)
+    partial = torch.zeros(3, H)
+    partial._sglang_needs_allreduce_fusion = True
+    capture.guard(capture.keep, 1, (partial, torch.zeros(3, H)))
+    assert "partial sums" in (tmp_path / ERROR).read_text()
+
+
+def test_what_is_kept_outlives_work_in_place(tmp_path):
+    capture = sglang_hook.Capture(tmp_path, (0,), torch.float32)
+    output = torch.zeros(2, H)
+    capture.keep(0, output)
+    output += 1
+    assert not capture.kept[0].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def response(status=200, headers=None, **value):
+    import httpx
+
+    return httpx.Response(status, json=value, headers=headers)
+
+
+def test_an_answer_keeps_the_engines_ids():
+    meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 2}
+    assert completion("u", Request("r", [1, 2], 9), response(output_ids=[5, 6], meta_info=meta)).token_ids == [5, 6]
+    cut = completion("u", Request("r", [1, 2], 9), response(output_ids=[5], meta_info={**meta, "finish_reason": {"type": "length"}}))
+    assert cut.finish_reason == "length"
+    with pytest.raises(UserError, match="changes prompts"):
+        completion("u", Request("r", [1, 2, 3], 9), response(output_ids=[5, 6], meta_info=meta))
+
+
+def test_small_things():
+    assert normal_url("node:30000") == "http://node:30000" and normal_url("https://a/b/") == "https://a/b"
+    assert retry_after(response(429, {"retry-after": "2.5"})) == 2.5 and retry_after(response(429)) is None
+    assert retry_after(response(429, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})) == 0.0
+    assert retry_after(response(429, {"retry-after": "soon"})) is None
