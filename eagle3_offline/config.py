@@ -148,6 +148,7 @@ class TrainConfig:
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
+    fc_init: Literal["random", "ridge"] = opt("random", "fc starts random, or as the best linear guess of the next token's last state")
     aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
     fc_norm: bool = opt(False, "EAGLE-3.1: norm each captured layer before fc; aux_scaling then is where the norms' weights start")
     norm_output: bool = opt(False, "EAGLE-3.1: the state after the final norm goes into the next step, not the one before it")

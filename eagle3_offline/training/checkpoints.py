@@ -90,6 +90,8 @@ def newest(folder: Path, ranks: Ranks, stage: int) -> Saved:
     if not steps:
         return Saved(0, folder)
     name = step_name(steps[-1])
+    if not (folder / name / ABOUT).is_file():
+        raise UserError(f"{folder / name} was written by an earlier version, without {ABOUT}: remove {folder} and train again")
     about = read_json(folder / name / ABOUT)
     if about["zero_stage"] != stage:
         raise UserError(f"{folder / name} was written with ZeRO stage {about['zero_stage']}, now it is {stage}: go on with the old stage")

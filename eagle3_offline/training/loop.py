@@ -24,6 +24,7 @@ from .distributed import all_sum, start
 from .engine import build, deepspeed_json, uses_bfloat16, zero_stage
 from .metrics import Metrics
 from .order import epochs_done
+from .ridge import start_fc
 from .step import Carried, Training, one_step
 
 MOST_SKIPPED = 3  # steps in a row that may be skipped because their loss or gradient is not finite
@@ -52,7 +53,10 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     source = source.to(ranks.device)
     teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
     saved = checkpoints.newest(folder / "checkpoints", ranks, zero_stage(config))
-    engine = build(config, source.new_head(config), ranks, saved.universal)
+    head = source.new_head(config)
+    if config.fc_init == "ridge" and not saved.step:
+        start_fc(source, head)
+    engine = build(config, head, ranks, saved.universal)
     training = Training(config, source, engine, teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     training.carried.load(checkpoints.load(engine, saved))
     steps = _steps(training, folder, saved.step, stop)
