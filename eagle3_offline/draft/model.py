@@ -152,10 +152,14 @@ class DraftHead(nn.Module):
 
     def features(self, aux: Tensor) -> Tensor:
         """g [n, H] of captured states (or their projection) [n, A], before the first step."""
-        if self.settings.fc_norm:
-            chunks = aux.split(self.settings.hidden_size, dim=-1)
-            aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
-        return self.fc(aux)
+        return self.fc(self.normed(aux))
+
+    def normed(self, aux: Tensor) -> Tensor:
+        """What fc reads of captured states [n, A]."""
+        if not self.settings.fc_norm:
+            return aux
+        chunks = aux.split(self.settings.hidden_size, dim=-1)
+        return torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
 
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Of a step's state [n, H] what lm_head reads, and the g that recurs."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,14 +22,26 @@ class Carried:
     """What a step leaves to the next, beside the engine's own state; saved with every checkpoint."""
 
     mean_alpha: Tensor  # [K] mean acceptance per unroll step, of the LK losses
+    taus: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out tau) of the evaluations so far
+    seconds: float = 0.0  # of training, over all resumes
     skipped_in_a_row: int = 0
 
+    @property
+    def best(self) -> int | None:
+        """Step of the best held-out tau, the first of equals."""
+        return max(self.taus, key=lambda item: item[1])[0] if self.taus else None
+
+    def stalled(self, patience: int) -> bool:
+        """Whether so many evaluations in a row (0: never) were no better than the best before them."""
+        return bool(patience) and sum(step > self.best for step, _ in self.taus) >= patience
+
     def state(self) -> dict[str, Any]:
-        return {"mean_alpha": self.mean_alpha.tolist()}
+        return {"mean_alpha": self.mean_alpha.tolist(), "taus": self.taus, "seconds": self.seconds}
 
     def load(self, state: dict[str, Any]) -> None:
-        if "mean_alpha" in state:
+        if state:
             self.mean_alpha = torch.tensor(state["mean_alpha"], dtype=self.mean_alpha.dtype)
+            self.taus, self.seconds = [tuple(item) for item in state["taus"]], state["seconds"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, flo
         if not torch.isfinite(loss):
             bad += batch.ids  # its gradient is not finite either, so that DeepSpeed skips the step, on all ranks
         engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
+        _drop_bad_gradients(engine)
         engine.step()
         parts += torch.cat((loss.detach()[None], entropies, alphas)).double().cpu()
     loss_value, *means = all_sum(parts, ranks).tolist()
@@ -67,13 +81,25 @@ def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, flo
     values = {"loss": loss_value, **{f"ce_{k}": value for k, value in enumerate(entropies)}}
     if objective.needs_alpha:
         values |= {f"alpha_{k}": value for k, value in enumerate(alphas)}
-    values |= {"learning_rate": learning_rate, "gradient_norm": float(engine.get_global_grad_norm())}
+    norm = engine.get_global_grad_norm()  # None without ZeRO
+    values |= {"learning_rate": learning_rate, "gradient_norm": math.nan if norm is None else float(norm)}
     if engine.skipped_steps > skipped_before:
         carried.skipped_in_a_row += 1
         return values, _skipped(micro, bad, ranks)
     carried.skipped_in_a_row = 0
     carried.mean_alpha = torch.tensor(alphas, dtype=carried.mean_alpha.dtype)
     return values, None
+
+
+def _drop_bad_gradients(engine: Any) -> None:
+    """Without ZeRO DeepSpeed looks at no gradient: here, before the step that would apply it. Every rank sees the same sums."""
+    if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
+        return
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        engine.skipped_steps += 1
+        for parameter in engine.module.parameters():
+            parameter.grad = None
 
 
 def _skipped(micro: list[DraftBatch], bad: list[str], ranks: Ranks) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from eagle3_offline.config import load_recipe
 from eagle3_offline.draft.export import read_export
 from eagle3_offline.draft.trained import load_trained
 from eagle3_offline.runs import EXIT_STOPPED, Run
-from eagle3_offline.training.loop import rate
+from eagle3_offline.training.engine import rate
 from eagle3_offline.training.metrics import read_metrics
 
 from ..small_runs import Cli, own_environment, write_recipe
