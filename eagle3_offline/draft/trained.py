@@ -91,6 +91,8 @@ def load_trained(folder: Path) -> TrainedDraft:
 
 def target_files(folder: Path) -> dict[str, bytes]:
     """The target's small files by name, as the dump carried them."""
+    if not (folder / TARGET).is_dir():
+        raise UserError(f"{folder / TARGET} is missing: the draft was trained by an earlier version. Remove {folder} and train it again")
     return {path.name: path.read_bytes() for path in (folder / TARGET).iterdir()}
 
 
