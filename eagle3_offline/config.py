@@ -109,11 +109,37 @@ class RegenerateConfig:
 class DumpConfig:
     """The target's hidden states, written to the store."""
 
-    codec: Literal["lossless", "none"] = opt("lossless", "compression of the states: lossless (zstd on shuffled bytes) or none")
+    location: str | None = opt(None, "where the dump lies; none: RUN/dump; s3://BUCKET/PREFIX: object storage, credentials from AWS_*")
+    mode: Literal["full", "compact"] = opt(
+        "full", "full: the captured layers and the last states; compact: a projection of the layers and top logits"
+    )
+    codec: Literal["auto", "lossless", "lossless-fast", "none", "int8", "fp8", "bitround"] = opt(
+        "auto", "of the captured states: lossless (zstd), lossless-fast (lz4), none, or lossy; auto: lossless, in a compact dump int8"
+    )
+    last_codec: Literal["lossless", "lossless-fast", "none", "int8", "fp8", "bitround"] | None = opt(
+        None, "of the last states of a full dump; none: the same as codec"
+    )
+    rank: float = opt(0.25, "compact: channels of the projection, as a share of the hidden size")
+    top_k: int = opt(16, "compact: how many of the largest logits are kept of each teacher")
     batch_tokens: int = opt(4096, "tokens of one prefill batch")
+    writer_threads: int = opt(2, "threads that encode beside the engine; 0: none, everything in the writer's own thread")
+    force: bool = opt(False, "dump although the estimate says that the disk will not hold it")
 
     def __post_init__(self) -> None:
-        positive(self, "dump", "batch_tokens")
+        positive(self, "dump", "batch_tokens", "rank", "top_k")
+        if self.writer_threads < 0:
+            raise UserError(f"dump.writer_threads is {self.writer_threads}; it may not be negative")
+        if self.location is not None and not self.location.startswith("s3://"):
+            raise UserError(f"dump.location is {self.location!r}; expected s3://BUCKET/PREFIX, or none for RUN/dump")
+        if self.mode == "compact" and self.last_codec is not None:
+            raise UserError("dump.last_codec is set, but a compact dump keeps no last states: leave it out")
+
+    @property
+    def aux_codec(self) -> str:
+        """The codec that `auto` stands for."""
+        if self.codec != "auto":
+            return self.codec
+        return "lossless" if self.mode == "full" else "int8"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,18 +14,24 @@ import torch
 from . import runs
 from .capture import dump as capture_dump
 from .capture import regenerate as capture_regenerate
+from .capture.import_samples import import_samples
 from .capture.target import OpenTarget, open_target
 from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
 from .conversations.stdlib_questions import answer_pairs, documents
-from .conversations.token_rows import answer_tokens
+from .conversations.token_rows import answer_tokens, plan_of_token_rows
 from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
 from .evaluation.simulate import simulate
 from .records import CheckFailed, Summary, UserError
 from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
+from .store.estimate import estimate
+from .store.format import Compact, DumpSpec
+from .store.places import is_remote, place
+from .store.repair import STALE_HOURS, abandoned
 from .store.seal import sealed
+from .store.target_files import carried
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder, target_dtype, text_config
 from .target.serve import serve
@@ -67,9 +73,55 @@ def dump_units(run: Run, recipe: Recipe, units: list[int] | None, stop: StopSign
     return capture_dump.dump_hidden(run, recipe, _target(run, recipe), units, stop)
 
 
+def _in_progress(run: Run) -> list[str]:
+    """Unfinished parts: being written, or left by a writer that died (`store repair` removes those)."""
+    parts = place(run.dump) / "parts"
+    return [f"{name} (abandoned)" if abandoned(parts / name, STALE_HOURS) else name for name in parts.folders() if name.startswith(".")]
+
+
+def fit_basis(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
+    return capture_dump.fit_basis(run, recipe, _target(run, recipe), stop)
+
+
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
     target = _target(run, recipe)
     return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, target, run.claimed("dump-hidden")["engine"]), allow_partial)
+
+
+def import_dump(run: Run, recipe: Recipe, folder: Path, masks: Path | None, trust_ckpt: bool, stop: StopSignal) -> Summary:
+    return import_samples(run, recipe, _target(run, recipe), folder, masks, trust_ckpt, stop)
+
+
+def estimate_dump(
+    recipe: Recipe, rows: int, row_tokens: float, supervised: float, hidden_size: int | None, vocab_size: int, layers: int, dtype: str,
+    rate: float | None, engines: int,
+) -> Summary:  # fmt: skip
+    """What a dump will take: `store estimate`."""
+    if hidden_size is None:
+        model = recipe.target.model
+        if model not in ("smollm2", "tiny") and not (Path(model) / "config.json").is_file():
+            raise UserError(f"target.model {model!r} is no local folder: give its shape with --hidden-size and --vocab-size")
+        shape = text_config(target_folder(recipe.target))
+        hidden_size, vocab_size = shape["hidden_size"], shape["vocab_size"]
+    config = recipe.dump
+    compact = config.mode == "compact"
+    spec = DumpSpec(
+        layers=tuple(range(layers)), hidden_size=hidden_size, vocab_size=vocab_size, dtype=dtype, codec=config.aux_codec,
+        last_codec=None if compact else config.last_codec or config.aux_codec,
+        compact=Compact(max(1, round(config.rank * hidden_size)), config.top_k, "") if compact else None,
+        target={}, engine={}, max_length=recipe.target.max_length, conversation={},
+    )  # fmt: skip
+    tokens = int(rows * row_tokens)
+    whole = rate * engines if rate else None
+    return estimate(spec, rows, tokens, int(tokens * supervised) + 2 * rows, recipe.prepare.unit_rows, whole).to_dict()
+
+
+def plan_of_run(run: Run) -> Summary:
+    """The units of a run: number, split and rows. Where tokens/ came from elsewhere, they are fixed as its files say."""
+    foreign = not run.plan_path.is_file() and run.tokens(0).parent.is_dir()
+    plan = plan_of_token_rows(run) if foreign else run.read_plan()
+    units = [{"unit": unit.unit, "split": unit.split, "rows": len(unit.rows)} for unit in plan.units]
+    return {"units": len(units), "rows": sum(unit["rows"] for unit in units), "array": f"0-{len(units) - 1}", "plan": units}
 
 
 def verify(run: Run, quick: bool) -> Summary:
@@ -90,8 +142,9 @@ def status(run: Run) -> Summary:
         "regenerated": [n for n in numbers if run.tokens(n).is_file()],
         "dumped": [n for n in numbers if sealed(run.dump, n)],
         "missing": [n for n in numbers if n in needed and not sealed(run.dump, n)],
+        "in_progress": _in_progress(run),
         "spare": [n for n in numbers if n not in needed],
-        "sealed": (run.dump / "dump.json").is_file(),
+        "sealed": (place(run.dump) / "dump.json").size() is not None,
     }
 
 
@@ -101,6 +154,10 @@ def serve_target(run: Run, recipe: Recipe, more: tuple[str, ...], stop: StopSign
     context = min(target.max_length, text_config(folder)["max_position_embeddings"])
     options = generation_options(folder, target_dtype(target, folder), context, target.trust_remote_code, not torch.cuda.is_available())
     return {"servers": serve({**options, **target.sglang}, more, run.folder / "logs", stop, say, **where)}
+
+
+def export_draft(run: Run, recipe: Recipe) -> Summary:
+    return export(run.draft(recipe.train.draft), carried(run.dump), recipe.export)
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
@@ -138,7 +195,7 @@ class Demo:
                 [self.draft / name for name in ("draft.json", "checkpoints", "weights.safetensors")],
             ),
             ("evaluate", lambda: simulate(run, recipe.train.draft, recipe.evaluate), [self.draft / "held_out.json"]),
-            ("export", lambda: export(self.draft, run.dump / "target", recipe.export), [self.draft / "export"]),
+            ("export", lambda: export_draft(run, recipe), [self.draft / "export"]),
             ("decode", self._decode, [self.draft / "decoded.json"]),
         ]
 
@@ -248,6 +305,8 @@ def _bytes(paths: list[Path]) -> int:
 
 def demo(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """Run the whole job; write report.json and report.html. Raises CheckFailed when a check does not hold."""
+    if is_remote(run.dump):
+        raise UserError("the demo keeps its dump in the run folder: leave dump.location out")
     whole = Demo(run, recipe, stop)
     whole.perform()
     report = whole.report()

@@ -96,28 +96,41 @@ class TokenRow:
 
 
 @dataclass(frozen=True, slots=True)
-class CapturedRow:
-    """A token row with the target's hidden states, in storage dtype (`STORAGE_DTYPE`).
+class TopLogits:
+    """A compact teacher: at n tokens the k largest logits of the whole vocabulary, the token that followed always among them."""
 
-    `aux[b]` is the raw residual stream entering decoder layer b (boundary index, before any norm); `last` is the
-    target's final hidden state after its final norm, the input of lm_head.
+    ids: np.ndarray  # [n, k] int32 target ids, by falling logit; the last gives way to the token that followed, where it has to
+    log_probs: np.ndarray  # [n, k] float16: logit - log_normaliser
+    log_normaliser: np.ndarray  # [n] float32: log-sum-exp of all logits
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedRow:
+    """A token row with what the store keeps of the target, states in storage dtype (`STORAGE_DTYPE`).
+
+    `aux` holds the captured layers side by side, low to high: the raw residual stream entering each (boundary index, before any
+    norm), C = n_aux * H; of a compact dump their projection, C = r. The teacher is needed at tokens t where m[t-1], m[t] or m[t+1]
+    is 1 (`store.format.last_positions`): `last` is the target's final hidden state after its final norm, the input of lm_head;
+    a compact dump has `top` instead.
     """
 
     row: TokenRow
-    aux: dict[int, np.ndarray]  # boundary -> [T, H]
-    last: np.ndarray  # [T, H]
+    aux: np.ndarray  # [T, C]
+    last: np.ndarray | None  # [T_last, H]
+    top: TopLogits | None = None  # n = T_last
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the store's reader gives for one row: a captured row whose last states are kept only where a teacher is needed."""
+    """What the store's reader gives for one row, or for a window of its tokens; the same for every mode of a dump."""
 
     id: str
     input_ids: np.ndarray  # [T] int32
     turns: tuple[tuple[int, int], ...]
-    aux: dict[int, np.ndarray]  # boundary -> [T, H] storage dtype
-    last: np.ndarray  # [T_last, H] storage dtype
-    last_positions: np.ndarray  # [T_last] int64: token position of each row of `last`
+    aux: np.ndarray  # [T, C] storage dtype: the layers asked for, side by side, or the projection
+    last: np.ndarray | None  # [T_last, H] storage dtype; None in a compact dump
+    last_positions: np.ndarray  # [T_last] int64: token position of each row of `last` or `top`
+    top: TopLogits | None = None  # n = T_last; only in a compact dump
 
 
 Summary = dict[str, Any]  # what a stage prints with --json: plain JSON values only

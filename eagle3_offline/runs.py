@@ -57,10 +57,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, modes: bool = True) -> Iterator[Path]:
     """A temporary folder beside `folder`; it becomes `folder`, whole and on disk, only when the block ends without an error.
 
-    Where another process published the same folder meanwhile, that one is kept.
+    Where another process published the same folder meanwhile, that one is kept. modes: make what it holds readable for all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -69,7 +69,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes private files
+            if modes:
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes private files
             fsync_path(path)
         fsync_path(temporary)
         try:
@@ -210,9 +211,10 @@ def parse_units(text: str | None) -> list[int] | None:
 class Run:
     """Paths of a run folder, and the few files that every stage shares."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, dump: str | None = None):
+        """dump: where the dump lies, if not in the run folder."""
         self.folder = Path(folder)
-        self.dump = self.folder / "dump"
+        self.dump: Path | str = dump or self.folder / "dump"
 
     def conversations(self, unit: int) -> Path:
         return self.folder / "conversations" / f"{unit_name(unit)}.jsonl"

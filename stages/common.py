@@ -16,7 +16,8 @@ from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
 from eagle3_offline.records import CheckFailed, EngineFailed, Stopped, Summary, TooManyRejected, UserError
 from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, StopSignal, parse_units
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # they say what is wrong; a traceback would bury it
+# They say what is wrong: a full or read-only disk, storage that fails or does not answer. A traceback would bury it.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 EXIT_HELP = "Exit codes: 0 done; 2 usage or configuration; 3 too many rows rejected; 85 stopped by a signal, run again to go on."
 
 
@@ -46,7 +47,7 @@ def sections(*names: str) -> dict[str, str]:
 def opened(recipe: str | None, overrides: tuple[str, ...], run_folder: Path | None) -> tuple[Recipe, Run]:
     """The resolved recipe and its run folder."""
     resolved = load_recipe(recipe, overrides)
-    return resolved, Run(run_folder or Path("runs") / resolved.name)
+    return resolved, Run(run_folder or Path("runs") / resolved.name, resolved.dump.location)
 
 
 def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:

@@ -13,8 +13,8 @@ def command(recipe, overrides, run_folder, as_json):
     """Write drafts/DRAFT/export: config.json, model.safetensors and the target's tokenizer, and load it back."""
 
     def work(r, run, stop):
-        from eagle3_offline.draft.export import export
+        from eagle3_offline.pipeline import export_draft
 
-        return export(run.draft(r.train.draft), run.dump / "target", r.export)
+        return export_draft(run, r)
 
     run_stage("export", recipe, overrides, run_folder, as_json, work)

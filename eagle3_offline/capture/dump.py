@@ -2,39 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
 
 from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows
 from ..progress import StageProgress
-from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow
-from ..runs import Run, StopSignal, Unit, check_rejected, digest
+from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, UserError
+from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
-from ..store.format import DumpSpec
-from ..store.target_files import write_target
-from ..store.writer import BadRow, PartWriter
-from ..target.engine import Engine
+from ..store.background import BackgroundPart
+from ..store.estimate import estimate
+from ..store.format import TARGET, Compact, DumpSpec, last_positions
+from ..store.numeric import all_finite
+from ..store.places import is_remote, place
+from ..store.target_files import BASIS, read_basis, read_index, read_target, write_target
+from ..store.writer import PartWriter
+from ..target.engine import Engine, States
 from ..target.folder import carried_files, head_tensors, text_config
 from ..target.transformers_engine import to_storage
+from .compact import TOKENS_PER_CHANNEL, Moments, Reduction
 from .target import OpenTarget
 
 STAGE = "dump-hidden"
+BROKEN = 2  # units in a row during which an engine failed: the next one would fail as well
+BASIS_MARGIN = 1.2  # tokens that a basis is fitted on, as a multiple of what it needs: outlier tokens do not count
+
+Keep = Callable[[TokenRow, States], CapturedRow]
 
 
 def dump_spec(run: Run, recipe: Recipe, target: OpenTarget, engine: dict[str, str]) -> DumpSpec:
     """What the manifest says of this dump. engine: name and version of what ran the target."""
-    shape = text_config(target.folder)
+    shape, config = text_config(target.folder), recipe.dump
+    compact = config.mode == "compact"
     return DumpSpec(
         layers=target.layers,
         hidden_size=shape["hidden_size"],
         vocab_size=shape["vocab_size"],
         dtype=target.dtype,
-        codec=recipe.dump.codec,
+        codec=config.aux_codec,
+        last_codec=None if compact else config.last_codec or config.aux_codec,
+        compact=Compact(basis_rank(recipe, target), config.top_k, _basis_digest(run)) if compact else None,
         target=target.fingerprint,
         engine=engine,
         max_length=target.context,
-        conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": run.claimed("regenerate")},
+        conversation={"system_prompt": recipe.prepare.system_prompt, "regenerate": _regenerate_settings(run)},
     )
+
+
+def _regenerate_settings(run: Run) -> dict | None:
+    """None where tokens/ came from elsewhere."""
+    try:
+        return run.claimed("regenerate")
+    except NotClaimed:
+        return None
+
+
+def basis_rank(recipe: Recipe, target: OpenTarget) -> int:
+    """r of a compact dump."""
+    return max(1, round(recipe.dump.rank * text_config(target.folder)["hidden_size"]))
+
+
+def _basis_digest(run: Run) -> str:
+    index = read_index(run.dump) if (place(run.dump) / TARGET / "index.json").size() is not None else {}
+    if BASIS not in index:
+        raise UserError(
+            f"{run.dump} has no basis yet, which every unit of a compact dump is projected with: run `dump-hidden --fit-basis` once, "
+            f"before the array"
+        )
+    return index[BASIS]["xxh3_128"]
 
 
 def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int] | None, stop: StopSignal) -> Summary:
@@ -42,13 +82,13 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     spec = dump_spec(run, recipe, target, {"name": target.engine_name, "version": target.engine_version()})
     short = {"layers": list(spec.layers), "dtype": spec.dtype, "codec": spec.codec, "engine": spec.engine}
     run.claim(STAGE, {"spec": digest(spec.to_dict()), **short})
-    if not (run.dump / "target").is_dir():  # opened targets are proven to be the run's own
-        tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
-        write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder))
+    if spec.compact is None:
+        _write_target(run, target)
     plan = run.read_plan()
     needed = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
     chosen = [unit for unit in plan.select(numbers) if unit in needed]
     todo = [unit for unit in chosen if not store_seal.sealed(run.dump, unit.unit)]
+    check_space(run, spec, todo, recipe.dump.force)
     with StageProgress(STAGE, sum(len(unit.rows) for unit in todo)) as progress:
         failed = _dump_units(run, todo, target, spec, recipe, stop, progress)
     if failed:
@@ -62,10 +102,11 @@ def _dump_units(
 ) -> dict[int, EngineFailed]:
     """Dump them one by one; the units during which the engine failed, with the reason. The next unit gets a new engine.
 
-    An engine that does not even start, or fails twice in a row, is broken for good.
+    An engine that does not even start, or fails for BROKEN units in a row, is broken for good.
     """
     failed: dict[int, EngineFailed] = {}
     engine: Engine | None = None
+    in_a_row = 0
     try:
         for unit in units:
             engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
@@ -74,13 +115,63 @@ def _dump_units(
             except EngineFailed as error:
                 failed[unit.unit] = error
                 engine.close()
-                engine = None
-                if unit.unit - 1 in failed:
+                engine, in_a_row = None, in_a_row + 1
+                if in_a_row == BROKEN:
                     break
+            else:
+                in_a_row = 0
     finally:
         if engine is not None:
             engine.close()
     return failed
+
+
+def _write_target(run: Run, target: OpenTarget, basis: dict | None = None) -> None:
+    if (place(run.dump) / TARGET / "index.json").size() is not None and basis is None:
+        return  # opened targets are proven to be the run's own
+    tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
+    write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder), basis)
+
+
+def check_space(run: Run, spec: DumpSpec, units: list[Unit], force: bool) -> None:
+    """Refuse to begin what the disk will not hold. For object storage that is one unit at a time, in the run folder."""
+    if not units:
+        return
+    where = run.folder if is_remote(run.dump) else Path(run.dump)
+    folder = next(path for path in (where, *where.absolute().parents) if path.is_dir())
+    sizes = [_estimated_bytes(run, spec, unit) for unit in units]
+    needed = max(sizes) if is_remote(run.dump) else sum(sizes)
+    free = shutil.disk_usage(folder).free
+    if needed > free and not force:
+        raise UserError(
+            f"the dump of {len(units)} units is estimated at {needed / 1e9:,.2f} GB, {folder} has {free / 1e9:,.2f} GB free: make room, "
+            f"choose another codec or mode (see `store estimate`), or dump nevertheless with --set dump.force=true"
+        )
+
+
+def _estimated_bytes(run: Run, spec: DumpSpec, unit: Unit) -> int:
+    rows = read_token_rows(run.tokens(unit.unit))
+    teachers = sum(len(last_positions(row.turns, len(row.input_ids))) for row in rows)
+    return estimate(spec, len(rows), sum(len(row.input_ids) for row in rows), teachers).bytes
+
+
+def _keep(run: Run, spec: DumpSpec) -> Keep:
+    """What is kept of a row's states."""
+
+    def full(row: TokenRow, states: States) -> CapturedRow:
+        return CapturedRow(row, states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))])
+
+    if spec.compact is None:
+        return full
+    head = torch.from_numpy(read_target(run.dump)["lm_head.weight"].copy())
+    head = head.view(torch.bfloat16).float() if spec.dtype == "bfloat16" else head.float()
+    reduction = Reduction(spec, read_basis(run.dump), head, "cuda" if torch.cuda.is_available() else "cpu")
+
+    def compact(row: TokenRow, states: States) -> CapturedRow:
+        whole = full(row, states)
+        return reduction(row, whole.aux, whole.last)
+
+    return compact
 
 
 def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
@@ -91,19 +182,18 @@ def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Rec
     ]
     too_long = {reject.id for reject in rejects}
     rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
-    with PartWriter(run.dump, unit.unit, unit.split, spec) as part:
+    keep = _keep(run, spec)
+    part = PartWriter(run.dump, unit.unit, unit.split, spec, scratch=run.folder / "sending", threads=recipe.dump.writer_threads)
+    with BackgroundPart(part) as background:
         for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
             part.reject(reject)
         batches = list(token_batches(rows, recipe.dump.batch_tokens))
         for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
             for row, states in zip(batch, captured, strict=True):
-                try:
-                    part.add(CapturedRow(row, states.aux, states.last))
-                except BadRow as error:  # not finite, say: this row only
-                    rejects.append(Reject(str(error), id=row.id, retry=True))
-                    part.reject(rejects[-1])
+                background.add(keep(row, states))
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
+        rejects += background.finish()  # not finite, say: these rows only
         run.write_rejects(STAGE, unit.unit, rejects)  # first: a sealed part is skipped by a re-run
         part.seal()
 
@@ -126,6 +216,59 @@ def _summary(run: Run, units: list[Unit], recipe: Recipe) -> Summary:
     given = sum(len(unit.rows) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
     check_rejected(STAGE, given - rejected, rejected, recipe.max_rejected, run.errors(STAGE))
     return {"done": given - rejected, "rejected": rejected, "units": [unit.unit for unit in units]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The basis of a compact dump, and the seal
+
+
+def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) -> Summary:
+    """Fit the basis once, on rows of all train units, and write it with the rest of `dump/target/`."""
+    if recipe.dump.mode != "compact":
+        raise UserError("a basis is for compact dumps only: set dump.mode=compact, or leave --fit-basis out")
+    if (place(run.dump) / TARGET / "index.json").size() is not None:
+        return _fitted(run, recipe, target)  # once is enough
+    shape = text_config(target.folder)
+    channels = len(target.layers) * shape["hidden_size"]
+    moments = Moments(channels, shape["hidden_size"])
+    norm = head_tensors(target.folder, target.dtype)["norm.weight"].float()
+    rows = _basis_rows(run, int(BASIS_MARGIN * TOKENS_PER_CHANNEL * channels))
+    batches = list(token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens))
+    engine = target.engine(run.folder / "logs" / "sglang-fit-basis.log", recipe.dump.batch_tokens)
+    with StageProgress("fit-basis", len(rows)) as progress, closing(engine):
+        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
+            stop.check()
+            for row, states in zip(batch, captured, strict=True):
+                aux, last = states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))]
+                if all_finite(aux, target.dtype) and all_finite(last, target.dtype):  # else `dump-hidden` rejects the row
+                    moments.add(row, aux, last, norm, target.dtype)
+            progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
+    _write_target(run, target, moments.basis(basis_rank(recipe, target)))
+    return {**_fitted(run, recipe, target), "tokens": moments.tokens}
+
+
+def _fitted(run: Run, recipe: Recipe, target: OpenTarget) -> Summary:
+    """The basis that is there; UserError where it is none, or of another rank."""
+    if BASIS not in read_index(run.dump):
+        raise UserError(f"{run.dump} was begun as a full dump: remove it, or use another run folder for the compact one")
+    rank, wanted = read_basis(run.dump)["components"].shape[1], basis_rank(recipe, target)
+    if rank != wanted:
+        raise UserError(f"the basis in {run.dump} has rank {rank}, dump.rank asks for {wanted}: remove the dump's folder to fit it anew")
+    return {"basis": _basis_digest(run), "rank": rank}
+
+
+def _basis_rows(run: Run, tokens: int) -> list[TokenRow]:
+    """Rows of about so many tokens, an equal share from each train unit that has its answers, so that every source is seen."""
+    units = [unit.unit for unit in run.read_plan().units if unit.split == "train" and run.tokens(unit.unit).is_file()]
+    chosen: list[TokenRow] = []
+    for number, unit in enumerate(units):
+        share = (tokens - sum(len(row.input_ids) for row in chosen)) / (len(units) - number)
+        for row in read_token_rows(run.tokens(unit)):
+            if share <= 0:
+                break
+            chosen.append(row)
+            share -= len(row.input_ids)
+    return chosen
 
 
 def seal(run: Run, spec: DumpSpec, allow_partial: bool = False) -> Summary:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..records import TokenRow, UserError
-from ..runs import atomic_path
+from ..runs import Plan, Run, Unit, atomic_path, unit_name
 
 SCHEMA = pa.schema(
     [
@@ -48,12 +48,37 @@ def read_token_rows(path: Path) -> list[TokenRow]:
         raise UserError(f"{path} is damaged ({error}): remove it and run `regenerate` for this unit again") from None
     rows = []
     for v in table:
+        if lacking := [name for name in SCHEMA.names if v[name] is None]:
+            raise UserError(f"{path} lacks {', '.join(lacking)} of row {v['id']!r}; expected the columns {', '.join(SCHEMA.names)}")
         turns = tuple((start, end) for start, end in v["turns"])
         row = TokenRow(v["id"], v["source"], v["split"], np.array(v["input_ids"], np.int32), turns, tuple(v["finish_reason"]))
         if not np.array_equal(row.loss_mask, v["loss_mask"]):
             raise UserError(f"{path}: row {row.id}: loss_mask is not the union of its turns {turns}")
         rows.append(row)
     return rows
+
+
+def plan_of_token_rows(run: Run) -> Plan:
+    """The work units of a run whose tokens/unit-*.parquet came from elsewhere: as the files say. Written as the run's plan."""
+    files = sorted(run.tokens(0).parent.glob("unit-*.parquet"))
+    if [path.stem for path in files] != [unit_name(number) for number in range(len(files))] or not files:
+        names = ", ".join(path.name for path in files[:4]) or "no files"
+        raise UserError(f"{run.tokens(0).parent} has {names}; expected unit-00000.parquet and so on, without a gap (or run `prepare`)")
+    units, seen = [], {}
+    for number, path in enumerate(files):
+        rows = read_token_rows(path)
+        if not rows:
+            raise UserError(f"{path} holds no rows: remove it, and number the others without a gap")
+        if len(splits := {row.split for row in rows}) != 1:
+            raise UserError(f"{path} mixes the splits {sorted(splits)}; a unit holds one")
+        for row in rows:
+            if row.id in seen:
+                raise UserError(f"row {row.id} is in {seen[row.id].name} and in {path.name}; each id may come once")
+            seen[row.id] = path
+        units.append(Unit(number, rows[0].split, tuple(row.id for row in rows)))
+    plan = Plan(tuple(units), {})
+    run.write_plan(plan)
+    return plan
 
 
 def answer_tokens(path: Path) -> int | None:

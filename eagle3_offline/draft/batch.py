@@ -54,7 +54,7 @@ def to_torch(array: np.ndarray) -> Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-def collate(samples: list[Sample], layers: tuple[int, ...], steps: int, aux_scale: Tensor | None = None) -> DraftBatch:
+def collate(samples: list[Sample], steps: int, aux_scale: Tensor | None = None) -> DraftBatch:
     """The batch of these samples, unrolled over `steps` steps.
 
     aux_scale [n_aux * H] multiplies the captured channels (training with channel scaling; export folds it into fc).
@@ -62,7 +62,7 @@ def collate(samples: list[Sample], layers: tuple[int, ...], steps: int, aux_scal
     starts = np.cumsum([0, *(len(sample.input_ids) - 1 for sample in samples)])
     last_starts = np.cumsum([0, *(len(sample.last) for sample in samples)])
     ids = [sample.input_ids.astype(np.int64) for sample in samples]
-    aux = torch.cat([torch.cat([to_torch(sample.aux[b][:-1]) for b in layers], dim=-1) for sample in samples])
+    aux = torch.cat([to_torch(sample.aux)[:-1] for sample in samples])
     return DraftBatch(
         ids=tuple(sample.id for sample in samples),
         aux=aux if aux_scale is None else aux * aux_scale,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from .vocabulary import DraftVocabulary
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
-def export(draft_folder: Path, target_folder: Path, config: ExportConfig) -> Summary:
-    """Export a trained draft to draft_folder/export, whole or not at all, and load it back. target_folder is dump/target."""
+def export(draft_folder: Path, target_files: Mapping[str, bytes], config: ExportConfig) -> Summary:
+    """Export a trained draft to draft_folder/export, whole or not at all, and load it back.
+
+    target_files: the target's small files by name, as the dump carries them.
+    """
     trained = load_trained(draft_folder)
-    target_config = json.loads((target_folder / "config.json").read_text(encoding="utf-8"))
+    target_config = json.loads(target_files["config.json"])
     special_ids = {key: target_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     about = {
         "channel_scale": "folded into fc" if trained.aux_scale is not None else "none",
@@ -41,8 +45,8 @@ def export(draft_folder: Path, target_folder: Path, config: ExportConfig) -> Sum
     with atomic_folder(folder) as temporary:
         write_export(temporary, trained.head, trained.vocabulary, config_json, trained.aux_scale)
         for name in TOKENIZER_FILES:
-            if (target_folder / name).is_file():
-                shutil.copyfile(target_folder / name, temporary / name)
+            if name in target_files:
+                (temporary / name).write_bytes(target_files[name])
         read_export(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # an earlier export gives way only now
     return {"folder": str(folder), "to": config.to, "dtype": config.dtype, "bytes": sum(path.stat().st_size for path in folder.iterdir())}

@@ -35,7 +35,7 @@ def measure(
     totals = HeldOut.empty(chain)
     target_ids = target_ids.to(embed.device)
     for sample in samples:
-        batch = collate([sample], head.settings.layers, chain, aux_scale).to(embed.device)
+        batch = collate([sample], chain, aux_scale).to(embed.device)
         logits = [step.float() for step in unroll(head, batch, embed, chain)]
         hits = np.zeros((len(sample.input_ids), chain), bool)
         for k, step in enumerate(batch.steps):

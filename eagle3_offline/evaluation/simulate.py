@@ -54,7 +54,7 @@ def check_dump(trained: TrainedDraft, dump: Dump) -> None:
     """Raise UserError where the draft was trained on another dump: its held-out rows may be those that this draft saw."""
     if trained.about["dump"] != dump.manifest["digest"]:
         raise UserError(
-            f"the draft was trained on the dump {trained.about['dump']}, {dump.path} is now {dump.manifest['digest']}: train it again"
+            f"the draft was trained on the dump {trained.about['dump']}, {dump.where} is now {dump.manifest['digest']}: train it again"
         )
 
 

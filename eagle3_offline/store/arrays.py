@@ -1,4 +1,4 @@
-"""One sharded array on disk: the writer, and a reader with one pread per shard. Legend: n entries along the first axis.
+"""One sharded array on disk: the writer, and a reader with one read per shard. Legend: n entries along the first axis.
 
     shard file   | chunk 0 | chunk 1 | ... | offset, size of each chunk (uint64 pairs) | crc32c of that index |
     chunk        | bytes, Blosc-compressed or not | crc32c of them |
@@ -8,9 +8,13 @@ Chunks wholly beyond the array's end have offset and size 2^64-1; every other ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,28 +22,29 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 import xxhash
-from numcodecs.blosc import SHUFFLE, Blosc
+from numcodecs.blosc import BITSHUFFLE, SHUFFLE, Blosc
 
 from ..records import UserError
 from .files import MEND, write_bytes
-from .format import BLOSC_BLOCK_BYTES, Layout, array_metadata, json_bytes, layout_from_metadata, shard_file
+from .format import Layout, array_metadata, blosc_settings, json_bytes, layout_from_metadata, shard_file
+from .places import Place
 
 _CRC_BYTES = 4
 _ABSENT = 2**64 - 1
+_SHUFFLES = {"shuffle": SHUFFLE, "bitshuffle": BITSHUFFLE}
 
 
-def _with_crc(data: bytes) -> bytes:
-    return data + google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+def _crc(data: Any) -> bytes:
+    return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
 
 
-def _without_crc(data: bytes) -> bytes | None:
-    """The bytes before the checksum; None where it does not fit them."""
-    body = data[:-_CRC_BYTES]
-    return body if google_crc32c.value(body) == int.from_bytes(data[-_CRC_BYTES:], "little") else None
-
-
-def _blosc() -> Blosc:
-    return Blosc("zstd", clevel=1, shuffle=SHUFFLE, blocksize=BLOSC_BLOCK_BYTES)
+def _blosc(layout: Layout) -> Blosc | None:
+    """The codec of an array's chunks; None where they are stored as they are."""
+    settings = blosc_settings(layout)
+    if settings is None:
+        return None
+    names = {name: settings[name] for name in ("cname", "clevel", "blocksize", "typesize")}
+    return Blosc(shuffle=_SHUFFLES[settings["shuffle"]], **names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,15 +52,23 @@ def _blosc() -> Blosc:
 
 
 class ArrayWriter:
-    """Appends to one new array. Keeps one chunk in memory; chunks go to disk as they fill, `zarr.json` last."""
+    """Appends to one new array. Keeps a few chunks in memory; they go to disk as they fill, `zarr.json` last.
 
-    def __init__(self, folder: Path, layout: Layout):
+    With a `pool` chunks are encoded by its threads. The bytes are the same with and without.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, pool: ThreadPoolExecutor | None = None, waiting: int = 4):
+        """waiting: chunks that may be in the pool at once."""
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}  # file name -> record
         self._layout = layout
-        self._chunk = np.zeros((layout.chunk_rows, *layout.row_shape), layout.dtype)
+        self._pool = pool
+        self._waiting = waiting
+        self._encoding: deque[Future[bytes]] = deque()
+        self._chunk = self._empty_chunk()
         self._filled = 0  # entries in the open chunk
         self._flushed = 0  # entries in finished chunks
+        self._written = 0  # chunks that are on their way to the disk
         self._shard: _ShardWriter | None = None
 
     def append(self, values: np.ndarray) -> None:
@@ -72,30 +85,52 @@ class ArrayWriter:
     def close(self) -> None:
         """Write what is left, then the metadata with the final length. `files` is complete afterwards."""
         length = self._flushed + self._filled
-        if self._flushed == 0:  # a single partial chunk: do not pad it
-            self._layout = replace(self._layout, chunk_rows=max(1, length), chunks_per_shard=1)
-            self._chunk = self._chunk[: max(1, length)]
+        if self._flushed == 0 and not self._layout.whole_chunks:  # a single partial chunk: do not pad it
+            self._layout = replace(self._layout, chunk_rows=max(1, self._filled), chunks_per_shard=1)
+            self._chunk = self._chunk[: max(1, self._filled)]
         if self._filled:
             self._flush()
+        self._write_finished(0)
         self._close_shard()
         self.folder.mkdir(exist_ok=True)
         self.files["zarr.json"] = write_bytes(self.folder / "zarr.json", json_bytes(array_metadata(self._layout, length)))
 
     def abandon(self) -> None:
-        """Close the open file, if any, without finishing it."""
+        """Close what is open without finishing it."""
+        for encoding in self._encoding:
+            encoding.cancel()
+        self._encoding.clear()
         if self._shard is not None:
-            self._shard.handle.close()
+            with contextlib.suppress(OSError):  # what it could not write, it tries once more
+                self._shard.handle.close()
+            self._shard = None
+
+    def _empty_chunk(self) -> np.ndarray:
+        return np.zeros((self._layout.chunk_rows, *self._layout.row_shape), self._layout.dtype)
 
     def _flush(self) -> None:
-        self._chunk[self._filled :] = 0  # the last chunk of an array is padded
-        data = self._chunk.tobytes() if self._layout.codec == "none" else _blosc().encode(self._chunk)
-        if self._shard is None:
-            self.folder.mkdir(exist_ok=True)
-            number = self._flushed // (self._layout.chunk_rows * self._layout.chunks_per_shard)
-            self._shard = _ShardWriter(self.folder / shard_file(self._layout, number), self._layout.chunks_per_shard)
-        self._shard.add(_with_crc(data))
+        """Hand the open chunk on; the last chunk of an array is padded with zeros."""
+        chunk, self._chunk = self._chunk, self._empty_chunk()
+        if self._pool is None:
+            self._write_chunk(encode_chunk(chunk, self._layout))
+        else:
+            self._encoding.append(self._pool.submit(encode_chunk, chunk, self._layout))
+            self._write_finished(self._waiting)
         self._flushed += self._filled
         self._filled = 0
+
+    def _write_finished(self, waiting: int) -> None:
+        """Write encoded chunks in their order until at most `waiting` are left in the pool."""
+        while self._encoding and (len(self._encoding) > waiting or self._encoding[0].done()):
+            self._write_chunk(self._encoding.popleft().result())
+
+    def _write_chunk(self, data: bytes) -> None:
+        if self._shard is None:
+            self.folder.mkdir(exist_ok=True)
+            number = self._written // self._layout.chunks_per_shard
+            self._shard = _ShardWriter(self.folder / shard_file(self._layout, number), self._layout.chunks_per_shard)
+        self._written += 1
+        self._shard.add(data)
         if self._shard.full:
             self._close_shard()
 
@@ -103,6 +138,13 @@ class ArrayWriter:
         if self._shard is not None:
             self.files[self._shard.path.name] = self._shard.close()
             self._shard = None
+
+
+def encode_chunk(chunk: np.ndarray, layout: Layout) -> bytes:
+    """A chunk as it lies on disk, with its checksum."""
+    blosc = _blosc(layout)
+    data = chunk.tobytes() if blosc is None else blosc.encode(chunk)
+    return data + _crc(data)
 
 
 class _ShardWriter:
@@ -126,7 +168,8 @@ class _ShardWriter:
         self._write(data)
 
     def close(self) -> dict[str, Any]:
-        self._write(_with_crc(self._index.tobytes()))
+        index = self._index.tobytes()
+        self._write(index + _crc(index))
         self.handle.flush()
         os.fsync(self.handle.fileno())
         self.handle.close()
@@ -143,82 +186,124 @@ class _ShardWriter:
 
 
 class Shard:
-    """An open shard file and its checked index. The descriptor closes with the last reference."""
+    """An open shard file and its checked index."""
 
-    def __init__(self, path: Path, chunks: int):
-        self.path = path
+    def __init__(self, where: Place, chunks: int):
+        self.where = where
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path} cannot be opened ({error.strerror}): {MEND}") from None
-        size, tail = os.fstat(self._descriptor).st_size, chunks * 16 + _CRC_BYTES
-        body = _without_crc(self.pread(max(0, size - tail), tail))
-        if body is None:
-            raise UserError(f"{path}: the checksum of its index is wrong; the file is damaged: {MEND}")
-        self.index = np.frombuffer(body, "<u8").reshape(chunks, 2)  # [chunks, 2] offset and size
+            self._file = where.open()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{where} is missing: it cannot be opened; {MEND}") from None
+        tail = chunks * 16 + _CRC_BYTES
+        data = self.read(max(0, self._file.size - tail), tail)
+        if not _crc_fits(data):
+            raise UserError(f"{where}: the checksum of its index is wrong; the file is damaged: {MEND}")
+        self.index = data[:-_CRC_BYTES].view("<u8").reshape(chunks, 2)  # [chunks, 2] offset and size
         present = self.index[self.index[:, 0] != _ABSENT]
-        if (present.sum(1) > size - tail).any():
-            raise UserError(f"{path}: its index points beyond its {size} bytes: {MEND}")
+        if (present.sum(1) > self._file.size - tail).any():
+            raise UserError(f"{where}: its index points beyond its {self._file.size} bytes: {MEND}")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+    def will_need(self, offset: int, size: int) -> None:
+        self._file.will_need(offset, size)
 
-    def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
+    def read(self, offset: int, size: int) -> np.ndarray:
+        """[size] uint8"""
+        data = np.frombuffer(self._file.read_range(offset, size), np.uint8)
         if len(data) != size:
-            raise UserError(f"{self.path} ends at byte {offset + len(data)}, expected {size} bytes from {offset}: {MEND}")
+            raise UserError(f"{self.where} ends at byte {offset + len(data)}, expected {size} bytes from {offset}: {MEND}")
         return data
 
 
+def _crc_fits(data: np.ndarray) -> bool:
+    """Whether the last four bytes are the checksum of those before."""
+    return len(data) >= _CRC_BYTES and google_crc32c.value(data[:-_CRC_BYTES]) == int.from_bytes(data[-_CRC_BYTES:].tobytes(), "little")
+
+
+_scratch = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose memory this thread uses again with the next call of that name: fresh pages cost more than decoding."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = getattr(_scratch, name, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.empty(size + size // 4, np.uint8)
+        setattr(_scratch, name, buffer)
+    return buffer[:size].view(dtype).reshape(shape)
+
+
 class ArrayReader:
-    """Reads ranges of one array: one pread per shard, every chunk's checksum verified, whole chunks decoded in place.
+    """Reads ranges of one array: one read per shard, every chunk's checksum verified.
 
     `open_shard` may be a cache around `Shard`, to keep files open and their indexes read.
     """
 
-    def __init__(self, folder: Path, expected: Layout, metadata: bytes, open_shard: Callable[[Path, int], Shard] = Shard):
-        self.folder = folder
+    def __init__(self, where: Place, expected: Layout, metadata: bytes, open_shard: Callable[[Place, int], Shard] = Shard):
+        self.where = where
         self._open_shard = open_shard
-        self.layout, self.length = layout_from_metadata(json.loads(metadata), expected, folder / "zarr.json")
+        self.layout, self.length = layout_from_metadata(json.loads(metadata), expected, where / "zarr.json")
+        self._blosc = _blosc(self.layout)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Entries [start, stop) as a new array [stop - start, ...]."""
-        if not 0 <= start <= stop <= self.length:
-            raise UserError(f"{self.folder} has {self.length} entries; asked for [{start}, {stop}): its part is damaged, {MEND}")
-        out = np.empty((stop - start, *self.layout.row_shape), self.layout.dtype)
-        shard_rows = self.layout.chunk_rows * self.layout.chunks_per_shard
-        for shard in range(start // shard_rows, -(-stop // shard_rows) if stop > start else 0):
-            begin = shard * shard_rows
-            low, high = max(start, begin), min(stop, begin + shard_rows)
-            self._read_shard(shard, low - begin, high - begin, out[low - start : high - start])
+        out = np.empty((max(0, stop - start), *self.layout.row_shape), self.layout.dtype)
+        self.read_into(start, stop, out)
         return out
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Entries [start, stop) into `out` [stop - start, ...], which may be columns of a wider array."""
+        if not 0 <= start <= stop <= self.length:
+            raise UserError(f"{self.where} has {self.length} entries; asked for [{start}, {stop}): its part is damaged, {MEND}")
+        for shard, low, high in self._shards(start, stop):
+            begin = shard * self._shard_rows
+            self._read_shard(shard, low - begin, high - begin, out[low - start : high - start])
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the disk fetch what `read_into` of this range will read, while something else is decoded."""
+        for shard, low, high in self._shards(start, min(stop, self.length)):
+            opened, begin = self._opened(shard), shard * self._shard_rows
+            first, last = (low - begin) // self.layout.chunk_rows, (high - 1 - begin) // self.layout.chunk_rows
+            offset = int(opened.index[first, 0])
+            opened.will_need(offset, max(0, int(opened.index[last].sum()) - offset))
+
+    @property
+    def _shard_rows(self) -> int:
+        return self.layout.chunk_rows * self.layout.chunks_per_shard
+
+    def _shards(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, low, high): entries [low, high) of a range lie in that shard."""
+        rows = self._shard_rows
+        shards = range(start // rows, -(-stop // rows) if stop > start else 0)
+        return [(shard, max(start, shard * rows), min(stop, (shard + 1) * rows)) for shard in shards]
+
+    def _opened(self, shard: int) -> Shard:
+        return self._open_shard(self.where / shard_file(self.layout, shard), self.layout.chunks_per_shard)
 
     def _read_shard(self, shard: int, low: int, high: int, out: np.ndarray) -> None:
         """Fill `out` with entries [low, high) of a shard."""
         rows = self.layout.chunk_rows
-        opened = self._open_shard(self.folder / shard_file(self.layout, shard), self.layout.chunks_per_shard)
+        opened = self._opened(shard)
         first, last = low // rows, (high - 1) // rows
-        entries = opened.index[first : last + 1]
-        if (entries == _ABSENT).any():
-            raise UserError(f"{opened.path}: a chunk among {first} to {last} was never written; the file is damaged: {MEND}")
-        origin = int(entries[:, 0].min())
-        data = opened.pread(origin, int(entries.sum(1).max()) - origin)
-        for chunk, (offset, size) in enumerate(entries.tolist(), start=first):
-            body = _without_crc(data[offset - origin : offset - origin + size])
-            if body is None:
-                raise UserError(f"{opened.path}: the checksum of chunk {chunk} is wrong; the file is damaged: {MEND}")
+        entries = opened.index[first : last + 1].tolist()
+        if [_ABSENT, _ABSENT] in entries:
+            raise UserError(f"{opened.where}: a chunk among {first} to {last} was never written; the file is damaged: {MEND}")
+        origin = min(offset for offset, _ in entries)
+        data = opened.read(origin, max(offset + size for offset, size in entries) - origin)
+        for chunk, (offset, size) in enumerate(entries, start=first):
+            body = data[offset - origin : offset - origin + size]
+            if not _crc_fits(body):
+                raise UserError(f"{opened.where}: the checksum of chunk {chunk} is wrong; the file is damaged: {MEND}")
             begin, end = max(low, chunk * rows), min(high, (chunk + 1) * rows)
-            self._decode(body, begin - chunk * rows, out[begin - low : end - low])
+            self._decode(body[:-_CRC_BYTES], begin - chunk * rows, out[begin - low : end - low])
 
-    def _decode(self, body: bytes, skip: int, out: np.ndarray) -> None:
+    def _decode(self, body: np.ndarray, skip: int, out: np.ndarray) -> None:
         """Decode a chunk and leave its entries from `skip` on in `out`."""
-        rows = self.layout.chunk_rows
-        if self.layout.codec == "none":
-            out[...] = np.frombuffer(body, self.layout.dtype).reshape(rows, *self.layout.row_shape)[skip : skip + len(out)]
-        elif len(out) == rows:
-            _blosc().decode(body, out)
+        shape = (self.layout.chunk_rows, *self.layout.row_shape)
+        if self._blosc is None:
+            out[...] = body.view(self.layout.dtype).reshape(shape)[skip : skip + len(out)]
+        elif out.shape == shape and out.flags.c_contiguous:
+            self._blosc.decode(body, out)
         else:
-            whole = np.empty((rows, *self.layout.row_shape), self.layout.dtype)
-            _blosc().decode(body, whole)
+            whole = scratch("chunk", shape, self.layout.dtype)
+            self._blosc.decode(body, whole)
             out[...] = whole[skip : skip + len(out)]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from safetensors import TensorSpec, serialize_file
+from safetensors import TensorSpec, serialize
 
 from ..records import STORAGE_DTYPE, UserError
-from ..runs import fsync_path
+from .places import LocalPlace, Place
 
 MEND = "restore it from a copy, or remove what holds it and make it again"
 _READ_BYTES = 4 << 20
@@ -38,35 +38,61 @@ def record_of(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(where: Place) -> dict[str, Any]:
     """Size and digest of a file."""
-    state, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as handle:
-        while block := handle.read(_READ_BYTES):
-            state.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3_128": state.hexdigest()}
+    state, file, offset = xxhash.xxh3_128(), where.open(), 0
+    while offset < file.size:
+        block = file.read_range(offset, min(_READ_BYTES, file.size - offset))
+        if not block:
+            raise OSError(5, "The file became shorter while it was read", str(where))
+        state.update(block)
+        offset += len(block)
+    return {"bytes": offset, "xxh3_128": state.hexdigest()}
 
 
-def problem(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> str | None:
-    """What is wrong with a file against its record; None where nothing is."""
-    try:
-        found = {"bytes": path.stat().st_size} if sizes_only else file_record(path)
-    except FileNotFoundError:
-        return f"{path} is missing; expected {record['bytes']} bytes: {MEND}"
-    except OSError as error:
-        return f"{path} cannot be read ({error}): {MEND}"
-    if found["bytes"] != record["bytes"]:
-        return f"{path} has {found['bytes']} bytes, expected {record['bytes']}: {MEND}"
-    if not sizes_only and found["xxh3_128"] != record["xxh3_128"]:
-        return f"{path} has digest {found['xxh3_128']}, expected {record['xxh3_128']}; its content is damaged: {MEND}"
+def damage(where: Place, record: Mapping[str, Any]) -> str | None:
+    """How a file differs from its record; None where it does not. Raises OSError where it cannot be read, which says nothing of it."""
+    if (text := size_problem(where, where.size(), record)) is not None:
+        return text
+    if (found := file_record(where)["xxh3_128"]) != record["xxh3_128"]:
+        return f"{where} has digest {found}, expected {record['xxh3_128']}; its content is damaged: {MEND}"
     return None
 
 
-def check(path: Path, record: Mapping[str, Any], sizes_only: bool = False) -> None:
+def problem(where: Place, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file: damaged, or not to be read."""
+    try:
+        return damage(where, record)
+    except OSError as error:
+        return f"{where} cannot be read ({error}): {MEND}"
+
+
+def size_problem(where: Place, size: int | None, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file's size, None for a missing file."""
+    if size is None:
+        return f"{where} is missing; expected {record['bytes']} bytes: {MEND}"
+    if size != record["bytes"]:
+        return f"{where} has {size} bytes, expected {record['bytes']}: {MEND}"
+    return None
+
+
+def check(where: Place, record: Mapping[str, Any]) -> None:
     """Raise where `problem` finds something."""
-    if text := problem(path, record, sizes_only):
+    if text := problem(where, record):
         raise UserError(text)
+
+
+def read_checked(where: Place, record: Mapping[str, Any]) -> bytes:
+    """The content of a small file, read once and compared with its record."""
+    try:
+        data = where.read()
+    except FileNotFoundError:
+        raise UserError(f"{where} is missing; expected {record['bytes']} bytes: {MEND}") from None
+    if text := size_problem(where, len(data), record):
+        raise UserError(text)
+    if (found := record_of(data)["xxh3_128"]) != record["xxh3_128"]:
+        raise UserError(f"{where} has digest {found}, expected {record['xxh3_128']}; its content is damaged: {MEND}")
+    return data
 
 
 def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
@@ -78,8 +104,8 @@ def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
     return record_of(data)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str] | None = None) -> None:
-    """Write arrays as safetensors through to the disk; `dtypes` names the logical dtype of those that are not plain numpy."""
+def tensor_bytes(tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str] | None = None) -> bytes:
+    """Arrays as a safetensors file; `dtypes` names the logical dtype of those that are not plain numpy."""
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     logical = {name: (dtypes or {}).get(name, array.dtype.name) for name, array in arrays.items()}
     for name, array in arrays.items():
@@ -89,29 +115,29 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping
         name: TensorSpec(dtype=logical[name], shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes)
         for name, array in arrays.items()
     }
-    serialize_file(specs, path, {"format": "pt"})
-    fsync_path(path)
+    return serialize(specs, {"format": "pt"})
 
 
-def tensor_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, and where its data begins."""
-    with open(path, "rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
+def tensors_of(data: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> view of every tensor in the bytes [n] uint8 of a safetensors file; bfloat16 comes as uint16. Check its digest first."""
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:begin].tobytes())
     header.pop("__metadata__", None)
-    return header, 8 + size
-
-
-def tensor_dtypes(path: Path) -> dict[str, str]:
-    """Name -> logical dtype of every tensor."""
-    return {name: _TENSOR_DTYPES[entry["dtype"]][0] for name, entry in tensor_header(path)[0].items()}
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Name -> read-only memory map of every tensor; bfloat16 comes as uint16. Check the file's digest first."""
-    header, begin = tensor_header(path)
-    data = np.memmap(path, np.uint8, "r")
     return {name: _view(data[begin:], entry) for name, entry in header.items()}
+
+
+def read_tensors(where: Place) -> dict[str, np.ndarray]:
+    """Name -> read-only array of every tensor of a safetensors file: a memory map of a local one. Check its digest first."""
+    return tensors_of(np.memmap(where.path, np.uint8, "r") if isinstance(where, LocalPlace) else np.frombuffer(where.read(), np.uint8))
+
+
+def tensor_dtypes(where: Place) -> dict[str, str]:
+    """Name -> logical dtype of every tensor of a safetensors file."""
+    file = where.open()
+    size = int.from_bytes(file.read_range(0, 8), "little")
+    header = json.loads(bytes(file.read_range(8, size)))
+    header.pop("__metadata__", None)
+    return {name: _TENSOR_DTYPES[entry["dtype"]][0] for name, entry in header.items()}
 
 
 def _view(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The disk format of a dump, defined here and nowhere else; FORMAT.md beside it explains it without code.
 
-Legend: T tokens, H hidden size, V vocabulary size, N rows, S supervised turns, L captured layers.
+Legend: T tokens, H hidden size, V vocabulary size, N rows, S supervised turns, r rank and k logits of a compact dump.
 """
 
 from __future__ import annotations
@@ -8,31 +8,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..records import STORAGE_DTYPE, UserError, turn_of_token
-from ..runs import digest, unit_name
+from ..runs import digest
 
-FORMAT_VERSION = 1
-CODECS = ("lossless", "none")
+FORMAT_VERSION = 2  # 1 had no lossy codecs and no compact dumps
+EXACT_CODECS = ("lossless", "lossless-fast", "none")
+LOSSY_CODECS = ("int8", "fp8", "bitround")
+CODECS = EXACT_CODECS + LOSSY_CODECS
 LAYER_CONVENTION = "boundary"  # layer b is the residual stream entering decoder layer b; 0 is the embedding's output
 LAST_NORM = "post"  # `last` is stored after the target's final norm: it is what lm_head reads
 
-CHUNK_BYTES = 512 << 10  # raw bytes of one inner chunk: what a reader decodes at least
+# Raw bytes of one inner chunk of states: what a reader decodes at least. zstd codes 128 KiB at a time, so a chunk has to be a multiple
+# of that for each byte plane, or two planes share a table: 288 KiB give a ratio of 1.48 where 512 KiB give 1.58.
+CHUNK_BYTES = 512 << 10
+TOKEN_CHUNK_BYTES = 32 << 10  # of token ids and the other small arrays
+SCALE_CHUNKS = 1024  # chunks in a shard of int8's scales, one row each: the index of a shard has an entry for every one it could hold
 SHARD_BYTES = 64 << 20  # raw bytes of one shard file at most
 BLOSC_BLOCK_BYTES = 1 << 20  # one Blosc block per chunk: better ratio, and file bytes that no thread count changes
-OUTLIER_FACTOR = 8.0  # tokens whose norm is above this many medians of their row are left out of sumsq
+OUTLIER_FACTOR = 8.0  # tokens whose norm is above this many medians of their row: left out of sumsq, kept exactly by lossy codecs
+COLUMN_TOLERANCE = 0.05  # a channel of a chunk whose rms error under a lossy codec is a larger share of its spread is kept exactly
 
 MANIFEST, ROWS, STATISTICS, TARGET = "dump.json", "rows.safetensors", "statistics.safetensors", "target"
 PART_JSON = "part.json"
 GROUP_METADATA = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
-
-
-def part_folder(dump: Path, unit: int) -> Path:
-    return Path(dump) / "parts" / unit_name(unit)
 
 
 def layer_name(layer: int) -> str:
@@ -50,21 +52,35 @@ def with_digest(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "digest": digest(value)}
 
 
-def read_with_digest(path: Path) -> dict[str, Any]:
-    """The content of an existing `dump.json` or `part.json`, of our version and undamaged."""
+def with_digest_checked(data: bytes, where: object) -> dict[str, Any]:
+    """The value in the bytes of a `dump.json` or `part.json`, of our version and undamaged."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it is damaged: restore it, or make it again") from None
-    check_version(value.get("format_version"), path)
+        raise UserError(f"{where} is not valid JSON ({error}); it is damaged: restore it, or make it again") from None
+    check_version(value.get("format_version") if isinstance(value, dict) else None, where)
     found, wanted = value.get("digest"), digest({key: part for key, part in value.items() if key != "digest"})
     if found != wanted:
-        raise UserError(f"{path} says that its digest is {found}, expected {wanted}; it is damaged: restore it, or make it again")
+        raise UserError(f"{where} says that its digest is {found}, expected {wanted}; it is damaged: restore it, or make it again")
     return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a dump holds
+
+
+@dataclass(frozen=True)
+class Compact:
+    """How a compact dump reduces what the target gives: see FORMAT.md."""
+
+    rank: int  # r, channels that the captured layers are projected to
+    top_k: int  # k, logits that are kept of each teacher
+    basis: str  # digest of target/basis.safetensors
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "top_k"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise UserError(f"compact {name} is {value!r}; expected a whole number above 0")
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,9 @@ class DumpSpec:
     hidden_size: int
     vocab_size: int
     dtype: str  # bfloat16, float16 or float32: as the engine ran, never cast
-    codec: str  # lossless or none
+    codec: str  # of the captured layers, or of their projection: one of CODECS
+    last_codec: str | None  # of the last states; None in a compact dump, which has none
+    compact: Compact | None
     target: dict[str, Any]  # fingerprint of the target: plain JSON
     engine: dict[str, Any]  # what ran it, with its version: plain JSON
     max_length: int  # longest row in tokens
@@ -86,6 +104,10 @@ class DumpSpec:
             raise UserError(f"dtype is {self.dtype!r}; expected one of {', '.join(STORAGE_DTYPE)}")
         if self.codec not in CODECS:
             raise UserError(f"codec is {self.codec!r}; expected one of {', '.join(CODECS)}")
+        if self.compact is None and self.last_codec not in CODECS:
+            raise UserError(f"last_codec is {self.last_codec!r}; expected one of {', '.join(CODECS)}")
+        if self.compact is not None and self.last_codec is not None:
+            raise UserError(f"last_codec is {self.last_codec!r}; a compact dump holds no last states: expected null")
         for name in ("hidden_size", "vocab_size", "max_length"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise UserError(f"{name} is {value!r}; expected a whole number above 0")
@@ -104,9 +126,25 @@ class DumpSpec:
     def storage_dtype(self) -> np.dtype:
         return STORAGE_DTYPE[self.dtype]
 
+    @property
+    def aux_arrays(self) -> tuple[str, ...]:
+        """The arrays that hold the captured states, in the order of their channels."""
+        return tuple(map(layer_name, self.layers)) if self.compact is None else ("aux",)
+
+    @property
+    def aux_width(self) -> int:
+        """Channels of one of `aux_arrays`: H, or r."""
+        return self.hidden_size if self.compact is None else self.compact.rank
+
+    @property
+    def aux_channels(self) -> int:
+        """C, channels of all captured states of a token."""
+        return self.aux_width * len(self.aux_arrays)
+
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**_FIXED, **values, "layers": list(self.layers)}
+        compact = None if self.compact is None else vars(self.compact)
+        return {**_FIXED, **values, "layers": list(self.layers), "compact": compact}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> DumpSpec:
@@ -120,18 +158,25 @@ class DumpSpec:
             if value[name] != fixed:
                 raise UserError(f"the dump's spec has {name} = {value[name]!r}; this program reads {fixed!r} only")
         values = {name: value[name] for name in expected - set(_FIXED)}
-        return cls(**{**values, "layers": tuple(value["layers"])})
+        compact = None if value["compact"] is None else Compact(**value["compact"])
+        return cls(**{**values, "layers": tuple(value["layers"]), "compact": compact})
 
 
 _FIXED = {"format_version": FORMAT_VERSION, "layer_convention": LAYER_CONVENTION, "last_norm": LAST_NORM}
 
 
-def check_version(found: Any, where: Path | str) -> None:
+class OtherVersion(UserError):
+    """Written by another release: not damaged."""
+
+
+def check_version(found: Any, where: object) -> None:
     if found != FORMAT_VERSION:
-        raise UserError(f"{where} has format version {found!r}; this program reads version {FORMAT_VERSION}: use the release that wrote it")
+        raise OtherVersion(
+            f"{where} has format version {found!r}; this program reads version {FORMAT_VERSION}: use the release that wrote it"
+        )
 
 
-def check_same_spec(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path | str) -> None:
+def check_same_spec(found: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
     """Refuse a part whose spec (as dict) is not the dump's."""
     keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if keys:
@@ -172,8 +217,9 @@ class Layout:
 
     row_shape: tuple[int, ...]  # shape of one entry: (H,) for hidden states, () for token ids
     dtype: np.dtype
-    codec: str
-    logical_dtype: str | None = None  # "bfloat16" where uint16 carries its bits
+    compression: str  # one of EXACT_CODECS
+    attributes: tuple[tuple[str, str], ...] = ()  # as logical_dtype = bfloat16 where uint16 carries its bits
+    whole_chunks: bool = False  # the last chunk is padded even where it is the only one
     chunk_rows: int = 0  # entries in an inner chunk
     chunks_per_shard: int = 0
 
@@ -181,32 +227,104 @@ class Layout:
     def row_bytes(self) -> int:
         return int(np.prod(self.row_shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def sized(self, chunk_bytes: int, shard_bytes: int) -> Layout:
-        """Inner chunks of at most `chunk_bytes` raw (one entry at least), whole chunks of at most `shard_bytes` in a shard."""
-        chunk_rows = max(1, chunk_bytes // self.row_bytes)
+    def sized(self, chunk_rows: int, shard_bytes: int) -> Layout:
+        """Inner chunks of `chunk_rows` entries, whole chunks of at most `shard_bytes` raw in a shard."""
         return replace(self, chunk_rows=chunk_rows, chunks_per_shard=max(1, shard_bytes // (chunk_rows * self.row_bytes)))
 
 
-def part_layouts(spec: DumpSpec, chunk_bytes: int = CHUNK_BYTES, shard_bytes: int = SHARD_BYTES) -> dict[str, Layout]:
-    """Name -> layout of every array of a part."""
+@dataclass(frozen=True)
+class Sizes:
+    """Raw bytes of chunks and shards. Other values than the defaults are for tests and measurements."""
 
-    def plain(dtype: str, *row_shape: int) -> Layout:
-        return Layout(row_shape, np.dtype(dtype), spec.codec).sized(chunk_bytes, shard_bytes)
+    chunk_bytes: int = CHUNK_BYTES
+    shard_bytes: int = SHARD_BYTES
 
-    logical = spec.dtype if spec.dtype == "bfloat16" else None
-    hidden = Layout((spec.hidden_size,), spec.storage_dtype, spec.codec, logical).sized(chunk_bytes, shard_bytes)
-    names = [layer_name(layer) for layer in spec.layers]
+    def state_rows(self, row_bytes: int) -> int:
+        """Tokens in a chunk of states."""
+        return max(1, self.chunk_bytes // row_bytes)
+
+    def rows(self, row_bytes: int) -> int:
+        """Entries in a chunk of any other array."""
+        return max(1, min(TOKEN_CHUNK_BYTES, self.chunk_bytes) // row_bytes)
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Where states of one kind lie: the array itself, and what a lossy codec keeps beside it (companions, by suffix)."""
+
+    codec: str
+    dtype: str  # logical dtype of the states: what the reader gives
+    main: Layout
+    companions: Mapping[str, Layout]
+
+    def arrays(self, name: str) -> dict[str, Layout]:
+        """Array name -> layout."""
+        return {name: self.main, **{f"{name}_{suffix}": layout for suffix, layout in self.companions.items()}}
+
+
+def state_layout(codec: str, dtype: str, width: int, sizes: Sizes) -> StateLayout:
+    """The arrays of states [T, width] under a codec."""
+    storage = STORAGE_DTYPE[dtype]
+    logical = (("logical_dtype", dtype),) if dtype == "bfloat16" else ()
+    exact = Layout((width,), storage, "lossless", logical)
+    if codec in EXACT_CODECS:
+        main = replace(exact, compression=codec)
+        return StateLayout(codec, dtype, main.sized(sizes.state_rows(main.row_bytes), sizes.shard_bytes), {})
+    main = {
+        "int8": Layout((width,), np.dtype("int8"), "lossless", (("codec", "int8"),), whole_chunks=True),
+        "fp8": Layout((width,), np.dtype("uint8"), "lossless", (("codec", "fp8"), ("logical_dtype", "float8_e4m3fn")), whole_chunks=True),
+        "bitround": replace(exact, attributes=(("codec", "bitround"), *logical), whole_chunks=True),
+    }[codec]
+    main = main.sized(sizes.state_rows(main.row_bytes), sizes.shard_bytes)
+    scale = {
+        "int8": {"scale": replace(Layout((width,), np.dtype("float32"), "lossless"), chunk_rows=1, chunks_per_shard=SCALE_CHUNKS)},
+        "fp8": {"scale": _plain("float32", (), sizes)},  # [T]
+        "bitround": {},
+    }[codec]
+    column = Layout((), storage, "lossless", logical)
+    companions = {
+        **scale,
+        "token_at": _plain("int64", (), sizes),  # [E] tokens that are kept exactly, ascending
+        "token": exact.sized(sizes.rows(exact.row_bytes), sizes.shard_bytes),  # [E, width]
+        "column_at": _plain("int64", (2,), sizes),  # [F, 2] chunk and channel that are kept exactly, ascending
+        "column": column.sized(sizes.rows(column.row_bytes), sizes.shard_bytes),  # [F * tokens of a chunk]
+    }
+    return StateLayout(codec, dtype, main, companions)
+
+
+def _plain(dtype: str, row_shape: tuple[int, ...], sizes: Sizes) -> Layout:
+    layout = Layout(row_shape, np.dtype(dtype), "lossless")
+    return layout.sized(sizes.rows(layout.row_bytes), sizes.shard_bytes)
+
+
+def state_layouts(spec: DumpSpec, sizes: Sizes = Sizes()) -> dict[str, StateLayout]:  # noqa: B008  frozen
+    """Name -> layout of every kind of states: the captured ones, and `last`."""
+    layouts = {name: state_layout(spec.codec, spec.dtype, spec.aux_width, sizes) for name in spec.aux_arrays}
+    if spec.last_codec is not None:
+        layouts["last"] = state_layout(spec.last_codec, spec.dtype, spec.hidden_size, sizes)
+    return layouts
+
+
+def plain_layouts(spec: DumpSpec, sizes: Sizes = Sizes()) -> dict[str, Layout]:  # noqa: B008  frozen
+    """Name -> layout of every array of a part that holds no states."""
+    teacher = {}
+    if spec.compact is not None:
+        ids = "uint16" if spec.vocab_size <= 1 << 16 else "uint32"
+        teacher = {
+            "top_ids": _plain(ids, (spec.compact.top_k,), sizes),  # [T_last, k]
+            "top_log_probs": _plain("float16", (spec.compact.top_k,), sizes),  # [T_last, k]
+            "log_normaliser": _plain("float32", (), sizes),  # [T_last]
+        }
     return {
-        "input_ids": plain("int32"),  # [T]
-        "loss_mask": plain("uint8"),  # [T]
-        "offsets": plain("int64"),  # [N+1] row i is tokens offsets[i]:offsets[i+1]
-        "turns": plain("int64", 2),  # [S, 2] start and end within the row
-        "turn_offsets": plain("int64"),  # [N+1]
-        **{name: hidden for name in names},  # [T, H]
-        "last": hidden,  # [T_last, H]
-        "last_offsets": plain("int64"),  # [N+1]
-        "token_counts": plain("int64"),  # [V]
-        **{f"sumsq_{name}": plain("float64") for name in names},  # [H]
+        "input_ids": _plain("int32", (), sizes),  # [T]
+        "loss_mask": _plain("uint8", (), sizes),  # [T]
+        "offsets": _plain("int64", (), sizes),  # [N+1] row i is tokens offsets[i]:offsets[i+1]
+        "turns": _plain("int64", (2,), sizes),  # [S, 2] start and end within the row
+        "turn_offsets": _plain("int64", (), sizes),  # [N+1]
+        "last_offsets": _plain("int64", (), sizes),  # [N+1] of `last` or of the top logits
+        **teacher,
+        "token_counts": _plain("int64", (), sizes),  # [V]
+        **{f"sumsq_{name}": _plain("float64", (), sizes) for name in spec.aux_arrays},  # [H], or [r]
     }
 
 
@@ -228,21 +346,33 @@ def array_metadata(layout: Layout, length: int) -> dict[str, Any]:
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0.0 if layout.dtype.kind == "f" else 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {"logical_dtype": layout.logical_dtype} if layout.logical_dtype else {},
+        "attributes": dict(layout.attributes),
         "zarr_format": 3,
         "node_type": "array",
         "storage_transformers": [],
     }
 
 
+def blosc_settings(layout: Layout) -> dict[str, Any] | None:
+    """The `blosc` codec's configuration as it stands in zarr.json; None where chunks are not compressed."""
+    if layout.compression == "none":
+        return None
+    fast = layout.compression == "lossless-fast"
+    return {
+        "typesize": layout.dtype.itemsize,
+        "cname": "lz4" if fast else "zstd",
+        "clevel": 1,
+        "shuffle": "bitshuffle" if fast else "shuffle",
+        "blocksize": BLOSC_BLOCK_BYTES,
+    }
+
+
 def _compression(layout: Layout) -> list[dict[str, Any]]:
-    if layout.codec == "none":
-        return []
-    configuration = {"typesize": layout.dtype.itemsize, "cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOSC_BLOCK_BYTES}
-    return [{"name": "blosc", "configuration": configuration}]
+    settings = blosc_settings(layout)
+    return [] if settings is None else [{"name": "blosc", "configuration": settings}]
 
 
-def layout_from_metadata(metadata: Any, expected: Layout, path: Path) -> tuple[Layout, int]:
+def layout_from_metadata(metadata: Any, expected: Layout, where: object) -> tuple[Layout, int]:
     """Chunk sizes and length of an existing array; everything else must be as this format writes it."""
     try:
         length = metadata["shape"][0]
@@ -251,10 +381,10 @@ def layout_from_metadata(metadata: Any, expected: Layout, path: Path) -> tuple[L
         layout = replace(expected, chunk_rows=chunk_rows, chunks_per_shard=shard_rows // chunk_rows)
         wanted = array_metadata(layout, length)
     except (LookupError, TypeError, ZeroDivisionError):
-        raise UserError(f"{path} describes no array of this format; restore the part, or remove it and dump its unit again") from None
+        raise UserError(f"{where} describes no array of this format; restore the part, or remove it and dump its unit again") from None
     if metadata != wanted:
         keys = ", ".join(key for key in sorted({*metadata, *wanted}) if metadata.get(key) != wanted.get(key))
-        raise UserError(f"{path} differs from what this format writes in {keys}; restore the part, or remove it and dump its unit again")
+        raise UserError(f"{where} differs from what this format writes in {keys}; restore the part, or remove it and dump its unit again")
     return layout, length
 
 

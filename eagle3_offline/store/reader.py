@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +12,47 @@ import numpy as np
 
 from ..records import SPLITS, Sample, UserError
 from .arrays import Shard
-from .files import MEND, check, read_tensors, tensor_dtypes
-from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, layer_name, read_with_digest
+from .files import MEND, check, read_tensors, size_problem, tensor_dtypes
+from .format import MANIFEST, ROWS, STATISTICS, TARGET, DumpSpec, json_bytes, layer_name, with_digest_checked
+from .lazy import lazy
 from .part import Part
-from .target_files import TENSORS
+from .places import Place, place
+from .target_files import BASIS, TENSORS
 
 OPEN_SHARDS = 256  # shard files that one opened dump keeps open at most
 
-_LARGE = (f"{TARGET}/{TENSORS}",)  # digested when first used, not when the dump is opened
+_LARGE = (f"{TARGET}/{TENSORS}", f"{TARGET}/{BASIS}")  # digested when first used, not when the dump is opened
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(where: Place | Path | str) -> dict[str, Any]:
     """The content of `dump.json`."""
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; expected a sealed dump: run `eagle3-offline store seal`, or name another folder")
-    return read_with_digest(file)
+    file = place(where) / MANIFEST
+    try:
+        data = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} does not exist; expected a sealed dump: run `eagle3-offline store seal`, or name another folder") from None
+    manifest = with_digest_checked(data, file)
+    if data != json_bytes(manifest):  # no other record would notice a byte of white space
+        raise UserError(f"{file} is not written as this format writes it; it was changed or damaged: {MEND}")
+    return manifest
 
 
 class Dump:
     """A sealed dump. `Dump.open` reads the manifest and the row table; parts are opened as rows of them are asked for.
 
-    Safe to share between threads, to use after a fork, and to pickle (a copy opens the dump again).
+    Safe to share between threads, to use after a fork (in object storage: not once it was read from), and to pickle (a copy opens
+    the dump again).
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], rows: Mapping[str, np.ndarray]):
-        self.path = path
+    def __init__(self, where: Place, manifest: Mapping[str, Any], rows: Mapping[str, np.ndarray]):
+        self.where = where
         self.manifest = manifest
         self.spec = DumpSpec.from_dict(manifest["spec"])
         self.lengths = rows["length"]  # [N] int32 tokens
         self.supervised = rows["supervised"]  # [N] int32 tokens that the target generated
         self.splits = rows["split"]  # [N] uint8: 0 train, 1 eval
         self.parts = rows["part"]  # [N] int32 index into manifest["parts"]
+        self.places = rows["row"]  # [N] int32 the row's place in its part
         self.sources = rows["source"]  # [N] int32 index into manifest["sources"]
         self._rows = rows
         # C-implemented caches need no lock of ours, so a fork never finds one held; opening a part twice does no harm.
@@ -50,16 +60,19 @@ class Dump:
         self._part = lru_cache(None)(self._open_part)
 
     @classmethod
-    def open(cls, path: Path | str) -> Dump:
-        """Open a dump; raises UserError for another version, missing files, or files that differ from the manifest."""
-        path = Path(path)
-        manifest = read_manifest(path)
+    def open(cls, where: Place | Path | str) -> Dump:
+        """Open a dump in a folder or under s3://; raises UserError for another version, or files that differ from the manifest."""
+        where = place(where)
+        manifest = read_manifest(where)
         for name, record in manifest["files"].items():
-            check(path / name, record, sizes_only=name in _LARGE)
-        return cls(path, manifest, read_tensors(path / ROWS))
+            if name not in _LARGE:
+                check(where / name, record)
+            elif text := size_problem(where / name, (where / name).size(), record):
+                raise UserError(text)
+        return cls(where, manifest, read_tensors(where / ROWS))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dump.open, (str(self.path),)
+        return Dump.open, (str(self.where),)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,38 +88,63 @@ class Dump:
             raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
-    def sample(self, i: int, layers: Iterable[int] | None = None) -> Sample:
-        """One row with the hidden states of `layers` (None: all that the dump has); other layers are not read."""
-        wanted = self.spec.layers if layers is None else tuple(layers)
+    def rows_of_part(self, number: int) -> list[int]:
+        """Indices of the rows of manifest["parts"][number], in the order in which they are stored."""
+        rows = np.flatnonzero(self.parts == number)
+        return rows[np.argsort(self.places[rows])].tolist()
+
+    def sample(
+        self, i: int, layers: Iterable[int] | None = None, window: tuple[int, int] | None = None, aux: np.ndarray | None = None
+    ) -> Sample:
+        """One row with the captured states of `layers` (None: all that the dump has); other layers are not read.
+
+        window: tokens [start, stop) of the row instead of all; its turns are cut to it. aux: memory [at least T, C] of storage
+        dtype to use again for the states, which are then valid until it is used once more.
+        """
+        arrays = self._arrays(layers)
+        return self._read(i, lambda part, row: part.sample(row, self.ids(i), arrays, window, aux))
+
+    def _arrays(self, layers: Iterable[int] | None) -> tuple[str, ...]:
+        if layers is None or (wanted := tuple(layers)) == self.spec.layers:
+            return self.spec.aux_arrays
+        if self.spec.compact:
+            raise UserError(
+                f"layers {list(wanted)} were asked for, but {self.where} is a compact dump: it holds a projection of layers "
+                f"{list(self.spec.layers)} together. Use all of them, or dump again"
+            )
         if unknown := [layer for layer in wanted if layer not in self.spec.layers]:
             raise UserError(
-                f"layers {unknown} are not in {self.path}, which has {list(self.spec.layers)}; choose among these, or dump again"
+                f"layers {unknown} are not in {self.where}, which has {list(self.spec.layers)}; choose among these, or dump again"
             )
-        return self._read(i, lambda part, row: part.sample(row, self.ids(i), wanted))
+        return tuple(map(layer_name, wanted))
 
     def turns(self, i: int) -> tuple[tuple[int, int], ...]:
         """The row's supervised ranges [start, end), counted from its first token."""
-        return self._read(i, lambda part, row: part.turns_of(row))
+        return self._read(i, lambda part, row: part.turns(row))
 
     def input_ids(self, i: int) -> np.ndarray:
         """[T] int32"""
         return self._read(i, lambda part, row: part.input_ids(row))
 
-    @cached_property
+    @lazy
     def statistics(self) -> dict[str, np.ndarray]:
-        """Of the train split: `token_counts` [V] int64 of generated tokens, and each layer's `rms_hXX` [H] float32."""
-        stored = read_tensors(self.path / STATISTICS)
-        result = {"token_counts": np.array(stored["token_counts"])}
-        for name, tokens in zip(map(layer_name, self.spec.layers), stored["sumsq_tokens"].tolist(), strict=True):
+        """Of the train split: `token_counts` [V] int64 of generated tokens, and `rms` [C] float32 of the captured channels."""
+        stored = read_tensors(self.where / STATISTICS)
+        rms = []
+        for name, tokens in zip(self.spec.aux_arrays, stored["sumsq_tokens"].tolist(), strict=True):
             if tokens == 0:
-                raise UserError(f"{self.path} has no train tokens in {name}, so its channels have no rms; seal it with train rows")
-            result[f"rms_{name}"] = np.sqrt(stored[f"sumsq_{name}"] / tokens).astype(np.float32)
-        return result
+                raise UserError(f"{self.where} has no train tokens in {name}, so its channels have no rms; seal it with train rows")
+            rms.append(np.sqrt(stored[f"sumsq_{name}"] / tokens).astype(np.float32))
+        return {"token_counts": np.array(stored["token_counts"]), "rms": np.concatenate(rms)}
 
     @property
-    def target_folder(self) -> Path:
-        """Folder with the target's config, tokenizer, chat template and `target.safetensors`."""
-        return self.path / TARGET
+    def target(self) -> Place:
+        """Where the target's config, tokenizer, chat template and `target.safetensors` lie."""
+        return self.where / TARGET
+
+    def target_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the target, such as config.json; empty where the target has none of that name."""
+        return json.loads((self.target / name).read()) if f"{TARGET}/{name}" in self.manifest["files"] else {}
 
     def target_tensors(self) -> dict[str, np.ndarray]:
         """Name -> read-only array in storage dtype (bfloat16 as uint16), verified against the manifest once."""
@@ -114,19 +152,28 @@ class Dump:
 
     def target_dtypes(self) -> dict[str, str]:
         """Name -> logical dtype of the target's tensors."""
-        return tensor_dtypes(self.target_folder / TENSORS)
+        return tensor_dtypes(self.target / TENSORS)
 
-    @cached_property
+    def basis(self) -> dict[str, np.ndarray]:
+        """Of a compact dump, verified: what `target/basis.safetensors` holds (FORMAT.md)."""
+        if self.spec.compact is None:
+            raise UserError(f"{self.where} is no compact dump: it has no basis")
+        return self._checked_tensors(BASIS)
+
+    @lazy
     def _target(self) -> dict[str, np.ndarray]:
-        check(self.target_folder / TENSORS, self.manifest["files"][f"{TARGET}/{TENSORS}"])
-        return read_tensors(self.target_folder / TENSORS)
+        return self._checked_tensors(TENSORS)
+
+    def _checked_tensors(self, name: str) -> dict[str, np.ndarray]:
+        check(self.target / name, self.manifest["files"][f"{TARGET}/{name}"])
+        return read_tensors(self.target / name)
 
     def _read(self, i: int, read: Any) -> Any:
         """Apply `read(part, row in part)`; an error names the row."""
         if not 0 <= i < len(self):
-            raise UserError(f"row {i} is not in {self.path}, which has rows 0 to {len(self) - 1}")
+            raise UserError(f"row {i} is not in {self.where}, which has rows 0 to {len(self) - 1}")
         try:
-            part, row = self._part(int(self.parts[i])), int(self._rows["row"][i])
+            part, row = self._part(int(self.parts[i])), int(self.places[i])
             found = part.offsets[row : row + 2].tolist()
             start = int(self._rows["token_offset"][i])
             if found != [start, start + int(self.lengths[i])]:
@@ -134,7 +181,11 @@ class Dump:
             return read(part, row)
         except UserError as error:
             raise UserError(f"row {i} ({self.ids(i)}): {error}") from None
+        except OSError as error:  # the storage, not the dump
+            raise OSError(error.errno, f"row {i} ({self.ids(i)}): {error.strerror}", error.filename) from None
 
     def _open_part(self, number: int) -> Part:
         entry = self.manifest["parts"][number]
-        return Part(self.path / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        part = Part(self.where / "parts" / entry["name"], self.spec, entry["part_json"], self._open_shard)
+        part.forget_rows()
+        return part

@@ -1,4 +1,7 @@
-"""The slow twin of the reader: plain zarr and safetensors, none of our decoding. For tests, and as an example of another reader."""
+"""The slow twin of the reader: plain zarr and safetensors, none of our decoding. For tests, and as an example of another reader.
+
+It reads dumps whose states are exact; what lossy codecs and compact dumps add is in FORMAT.md.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def read_sample_with_zarr(dump_path: Path, i: int) -> Sample:
         id=rows["id_bytes"][rows["id_offsets"][i] : rows["id_offsets"][i + 1]].tobytes().decode(),
         input_ids=group["input_ids"][start:stop],
         turns=tuple(map(tuple, group["turns"][turn_start:turn_stop].tolist())),
-        aux={layer: group[f"h{layer:02d}"][start:stop] for layer in manifest["spec"]["layers"]},
+        aux=np.concatenate([group[f"h{layer:02d}"][start:stop] for layer in manifest["spec"]["layers"]], axis=1),
         last=group["last"][last_start:last_stop],
         last_positions=np.flatnonzero(mask[:-2] | mask[1:-1] | mask[2:]),
     )

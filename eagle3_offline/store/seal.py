@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..records import SPLITS, UserError
-from ..runs import atomic_path, digest
-from .files import check, file_record, write_tensors
+from ..runs import digest, unit_name
+from .files import check, record_of, tensor_bytes
 from .format import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,46 +23,52 @@ from .format import (
     DumpSpec,
     check_same_spec,
     json_bytes,
-    layer_name,
-    part_folder,
     with_digest,
 )
-from .part import Part, read_part_json
-from .target_files import INDEX, read_index
+from .part import Part
+from .places import Place, place
+from .target_files import BASIS, INDEX, read_index
 
 PlannedUnit = tuple[int, str, tuple[str, ...]]  # unit number, split, planned row ids
 _NAMED_ROWS = 10  # how many ids an error lists
 
 
-def sealed(dump: Path, unit: int) -> bool:
+def part_place(dump: Place | Path | str, unit: int) -> Place:
+    return place(dump) / "parts" / unit_name(unit)
+
+
+def sealed(dump: Place | Path | str, unit: int) -> bool:
     """Whether the unit's part is there, whole."""
-    return (part_folder(dump, unit) / PART_JSON).is_file()
+    return (part_place(dump, unit) / PART_JSON).size() is not None
 
 
-def missing_units(dump: Path, units: Iterable[PlannedUnit]) -> list[int]:
+def missing_units(dump: Place | Path | str, units: Iterable[PlannedUnit]) -> list[int]:
     """Numbers of the units that have no sealed part yet."""
     return [unit for unit, _, _ in units if not sealed(dump, unit)]
 
 
-def seal(dump: Path, spec: DumpSpec, units: Sequence[PlannedUnit], allow_partial: bool = False) -> dict[str, Any]:
-    """Publish the sealed parts of `units` as one dump and return its manifest. The same parts give the same manifest."""
-    dump = Path(dump)
+def seal(
+    dump: Place | Path | str, spec: DumpSpec, units: Sequence[PlannedUnit], allow_partial: bool = False, missing: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Publish the sealed parts of `units` as one dump and return its manifest. The same parts give the same manifest.
+
+    missing: ids of rows that the dumps had lost that this one is made of; the manifest goes on naming them.
+    """
+    dump = place(dump)
     units = sorted(units)
     _check_no_id_twice(units)
-    target = _target_records(dump)
+    target = _target_records(dump, spec)
     table = _Table(spec)
     for unit in units:
         table.add_unit(dump, *unit)
     if table.missing and not allow_partial:
         raise UserError(_gap_text(dump, table))
-    with atomic_path(dump / ROWS) as path:
-        write_tensors(path, table.columns())
-    with atomic_path(dump / STATISTICS) as path:
-        write_tensors(path, table.statistics())
-    files = {name: file_record(dump / name) for name in (ROWS, STATISTICS)} | target
-    manifest = table.manifest(files)
-    with atomic_path(dump / MANIFEST) as path:
-        path.write_bytes(json_bytes(manifest))
+    table.missing = [*missing, *table.missing]
+    tables = {ROWS: tensor_bytes(table.columns()), STATISTICS: tensor_bytes(table.statistics())}
+    for name, data in tables.items():
+        (dump / name).write(data)
+    manifest = table.manifest({name: record_of(data) for name, data in tables.items()} | target)
+    (dump / MANIFEST).write(json_bytes(manifest))
     return manifest
 
 
@@ -75,20 +81,22 @@ def _check_no_id_twice(units: Sequence[PlannedUnit]) -> None:
             seen[name] = unit
 
 
-def _target_records(dump: Path) -> dict[str, dict[str, Any]]:
+def _target_records(dump: Place, spec: DumpSpec) -> dict[str, dict[str, Any]]:
     """Path in the dump -> record of every file in `target/`, each verified."""
     records = {f"{TARGET}/{name}": record for name, record in read_index(dump).items()}
     for name, record in records.items():
         check(dump / name, record)
-    return records | {f"{TARGET}/{INDEX}": file_record(dump / TARGET / INDEX)}
+    if spec.compact and records.get(f"{TARGET}/{BASIS}", {}).get("xxh3_128") != spec.compact.basis:
+        raise UserError(f"{dump / TARGET / BASIS} is not the basis that the parts were projected with: restore it, or dump again")
+    return records | {f"{TARGET}/{INDEX}": record_of((dump / TARGET / INDEX).read())}
 
 
-def _gap_text(dump: Path, table: _Table) -> str:
+def _gap_text(dump: Place, table: _Table) -> str:
     ids = ", ".join(table.missing[:_NAMED_ROWS]) + (", ..." if len(table.missing) > _NAMED_ROWS else "")
     units = ",".join(str(unit) for unit in table.incomplete)
     return (
         f"{dump}: {len(table.missing)} planned rows are neither done nor rejected ({ids}), in units {units}. Dump these units "
-        f"(remove a sealed part that lacks rows first), or seal what is there with allow_partial"
+        f"(remove a sealed part that lacks rows first), or seal what is there with --allow-partial"
     )
 
 
@@ -106,19 +114,19 @@ class _Table:
 
     def __post_init__(self) -> None:
         self._token_counts = np.zeros(self.spec.vocab_size, np.int64)  # [V]
-        self._sumsq = {layer_name(layer): np.zeros(self.spec.hidden_size, np.float64) for layer in self.spec.layers}  # [H] each
+        self._sumsq = {name: np.zeros(self.spec.aux_width, np.float64) for name in self.spec.aux_arrays}
         self._sumsq_tokens = dict.fromkeys(self._sumsq, 0)
 
-    def add_unit(self, dump: Path, unit: int, split: str, planned: Sequence[str]) -> None:
+    def add_unit(self, dump: Place, unit: int, split: str, planned: Sequence[str]) -> None:
         """Add a unit's part, its rows in planned order."""
         if not sealed(dump, unit):
             self._record_gap(unit, planned)
             return
-        folder = part_folder(dump, unit)
-        content = read_part_json(folder)
-        self._check_part(folder, content, unit, split, planned)
+        folder = part_place(dump, unit)
         part = Part(folder, self.spec)
-        places = {row["id"]: place for place, row in enumerate(content["rows"])}
+        content = part.content
+        self._check_part(folder, content, unit, split, planned)
+        places = {row["id"]: number for number, row in enumerate(content["rows"])}
         if part.offsets.tolist() != np.cumsum([0, *(row["tokens"] for row in content["rows"])]).tolist():
             raise UserError(f"{folder}: its offsets are not those of the rows in {PART_JSON}; remove it and dump its unit again")
         rejected = {reject["id"] for reject in content["rejects"]}
@@ -130,7 +138,7 @@ class _Table:
         if split == "train":
             self._add_statistics(part, content["sumsq_tokens"])
 
-    def _check_part(self, folder: Path, content: Mapping[str, Any], unit: int, split: str, planned: Sequence[str]) -> None:
+    def _check_part(self, folder: Place, content: Mapping[str, Any], unit: int, split: str, planned: Sequence[str]) -> None:
         check_same_spec(content["spec"], self.spec.to_dict(), folder)
         if (content["unit"], content["split"]) != (unit, split):
             found = f"unit {content['unit']} of split {content['split']}"
@@ -153,9 +161,9 @@ class _Table:
         self.ids.append(name)
         self.rows.append((len(self.parts), place, token_offset, row["tokens"], row["supervised"], SPLITS.index(split), source))
 
-    def _add_part(self, folder: Path, content: Mapping[str, Any]) -> None:
+    def _add_part(self, folder: Place, content: Mapping[str, Any]) -> None:
         entry = {"name": folder.name, "unit": content["unit"], "split": content["split"], **content["counts"]}
-        self.parts.append({**entry, "part_json": file_record(folder / PART_JSON)})
+        self.parts.append({**entry, "part_json": record_of((folder / PART_JSON).read())})
 
     def _add_statistics(self, part: Part, tokens: Mapping[str, int]) -> None:
         self._token_counts += part.whole("token_counts")

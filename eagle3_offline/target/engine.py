@@ -55,6 +55,10 @@ class States:
     aux: dict[int, np.ndarray]  # boundary -> [T, H], raw residual stream
     last: np.ndarray  # [T, H], after the final norm
 
+    def side_by_side(self) -> np.ndarray:
+        """[T, n_aux * H]: the captured layers, low to high."""
+        return np.concatenate([self.aux[boundary] for boundary in sorted(self.aux)], axis=1)
+
 
 class Engine(Protocol):
     """Runs the target over whole rows. Both engines do; answers come from one of them in batches, from SGLang over HTTP."""

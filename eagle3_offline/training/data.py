@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from ..draft.model import DraftHead, new_head
 from ..draft.settings import DraftSettings, draft_settings
 from ..draft.vocabulary import DraftVocabulary, draft_vocabulary
 from ..records import Sample, UserError
-from ..store.format import layer_name
 from ..store.reader import Dump
 from .order import rank_batches, step_rows
 
@@ -62,22 +60,23 @@ class Source:
         )
 
 
-def open_source(path: Path, config: TrainConfig) -> Source:
+def open_source(path: Path | str, config: TrainConfig) -> Source:
     """Open a dump for training. Raises UserError where it is missing, damaged or has no rows to train on."""
     dump = Dump.open(path)
+    if dump.spec.compact:
+        raise UserError(f"{path} is a compact dump; drafts train from full dumps only so far: use the dump that it was made from")
     train_rows, eval_rows = dump.rows("train"), dump.rows("eval")
     train_rows = train_rows[dump.supervised[train_rows] > 1]  # a row with one answer token predicts nothing
     if not len(train_rows):
         raise UserError(f"{path} has no train row with at least two answer tokens: nothing to train on")
     target = dump.target_tensors()
     statistics = dump.statistics
-    target_config = json.loads((dump.target_folder / "config.json").read_text(encoding="utf-8"))
-    settings = draft_settings(target_config, dump.spec.layers, config.draft_vocab_size)
+    settings = draft_settings(dump.target_json("config.json"), dump.spec.layers, config.draft_vocab_size)
     return Source(
         dump=dump,
         settings=settings,
-        vocabulary=draft_vocabulary(statistics["token_counts"], settings.draft_vocab_size, end_of_turn_ids(dump.target_folder)),
-        aux_scale=_aux_scale(statistics, dump.spec.layers) if config.aux_scaling else None,
+        vocabulary=draft_vocabulary(statistics["token_counts"], settings.draft_vocab_size, end_of_turn_ids(dump)),
+        aux_scale=_aux_scale(statistics["rms"]) if config.aux_scaling else None,
         embed=to_torch(target["embed_tokens.weight"]),
         norm=to_torch(target["norm.weight"]),
         lm_head=to_torch(target["lm_head.weight"]),
@@ -86,16 +85,13 @@ def open_source(path: Path, config: TrainConfig) -> Source:
     )
 
 
-def end_of_turn_ids(target_folder: Path) -> list[int]:
+def end_of_turn_ids(dump: Dump) -> list[int]:
     """The target's ids that end an answer; the draft must be able to propose them."""
-    path = target_folder / "generation_config.json"
-    path = path if path.is_file() else target_folder / "config.json"
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = (dump.target_json("generation_config.json") or dump.target_json("config.json")).get("eos_token_id")
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _aux_scale(statistics: dict[str, np.ndarray], layers: tuple[int, ...]) -> Tensor:
-    rms = np.concatenate([statistics[f"rms_{layer_name(b)}"] for b in layers])
+def _aux_scale(rms: np.ndarray) -> Tensor:
     return torch.from_numpy(1.0 / np.maximum(rms, 1e-6)).float()
 
 
@@ -132,4 +128,4 @@ def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first
 
 
 def _batch(source: Source, rows: np.ndarray, config: TrainConfig) -> DraftBatch:
-    return collate([source.dump.sample(int(i)) for i in rows], source.settings.layers, config.ttt_length, source.aux_scale)
+    return collate([source.dump.sample(int(i)) for i in rows], config.ttt_length, source.aux_scale)

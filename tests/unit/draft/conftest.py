@@ -68,7 +68,7 @@ def make_sample(name: str, length: int, turns: tuple, seed: int) -> Sample:
         id=name,
         input_ids=rng.integers(0, VOCAB, length).astype(np.int32),
         turns=turns,
-        aux={b: rng.normal(size=(length, HIDDEN)) for b in LAYERS},
+        aux=np.concatenate([rng.normal(size=(length, HIDDEN)) for _ in LAYERS], axis=1),
         last=rng.normal(size=(length, HIDDEN))[keep],
         last_positions=keep,
     )

@@ -9,7 +9,7 @@ from eagle3_offline.draft.shift import serving_rows
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
 
-from .conftest import LAYERS, TURNS
+from .conftest import TURNS
 
 K = 3
 
@@ -17,9 +17,9 @@ K = 3
 def test_cached_drafting_equals_the_unroll(head, sample, embed, target_ids):
     head = head.float()
     embed = embed.float()
-    batch = collate([sample], LAYERS, K)
+    batch = collate([sample], K)
     trained = unroll(head, batch, embed, K)
-    aux = torch.from_numpy(np.concatenate([sample.aux[b] for b in LAYERS], axis=-1)).float()
+    aux = torch.from_numpy(sample.aux).float()
     tokens = torch.from_numpy(sample.input_ids.astype(np.int64))
     turn = turn_of_token(TURNS, 12)
     drafter, seen, compared = ChainDrafter(head, embed, target_ids), 0, 0

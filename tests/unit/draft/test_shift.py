@@ -48,7 +48,7 @@ def test_what_a_row_reads_and_predicts():
 
 
 def test_collate_by_hand(sample):
-    batch = collate([sample, sample], (2, 4, 5), 3)
+    batch = collate([sample, sample], 3)
     x = sample.input_ids
     assert batch.segments == ((0, 11), (11, 22))
     assert batch.tokens[:11].tolist() == x[1:].tolist()
@@ -67,4 +67,4 @@ def test_a_missing_teacher_is_an_error(sample):
 
     cut = dataclasses.replace(sample, last=sample.last[:-3], last_positions=sample.last_positions[:-3])
     with pytest.raises((ValueError, IndexError)):
-        collate([cut], (2, 4, 5), 1)
+        collate([cut], 1)

@@ -11,7 +11,7 @@ from eagle3_offline.draft.teacher import Teacher, TeacherRows, argmax
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
 
-from .conftest import LAYERS, TURNS, make_sample
+from .conftest import TURNS, make_sample
 
 K, DECAY = 4, 0.8
 
@@ -85,7 +85,7 @@ def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
     terms = {}  # (step, conversation) -> cross-entropies
     for number, s in enumerate(samples):
         x, turn = s.input_ids, turn_by_hand(s)
-        aux = [torch.cat([torch.from_numpy(s.aux[b][t]) for b in LAYERS]) for t in range(len(x))]
+        aux = [torch.from_numpy(s.aux[t]) for t in range(len(x))]
         last = {int(t): torch.from_numpy(row) for t, row in zip(s.last_positions, s.last, strict=True)}
         for p in range(len(x)):
             alive = [k for k in range(K) if p + 2 + k < len(x) and turn[p + 1] and turn[p + 1] == turn[p + 2 + k]]
@@ -118,7 +118,7 @@ def turn_by_hand(sample):
 
 
 def module_loss(head, samples, embed, lm_head, target_ids, normalisation):
-    batch = collate(samples, LAYERS, K)
+    batch = collate(samples, K)
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
     teacher = TeacherRows(batch.last @ lm_head[target_ids].T, known)
     logits = unroll(head, batch, embed, K)
@@ -140,7 +140,7 @@ def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, t
 
 
 def test_some_teachers_are_outside_the_draft_vocabulary(sample, lm_head, target_ids):
-    batch = collate([sample], LAYERS, K)
+    batch = collate([sample], K)
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
     assert known.any() and not known.all()  # else the test above would not see the rule about them
 
@@ -148,8 +148,8 @@ def test_some_teachers_are_outside_the_draft_vocabulary(sample, lm_head, target_
 def test_batching_changes_nothing(head, sample, embed):
     """Every conversation of a batch gets the logits that it gets alone."""
     other = make_sample("second", 10, ((4, 9),), seed=8)
-    together = unroll(head, collate([other, sample], LAYERS, K), embed, K)
-    alone = unroll(head, collate([sample], LAYERS, K), embed, K)
+    together = unroll(head, collate([other, sample], K), embed, K)
+    alone = unroll(head, collate([sample], K), embed, K)
     for k in range(K):
         assert torch.allclose(together[k][-len(alone[k]) :] if len(alone[k]) else together[k][:0], alone[k], atol=1e-12)
 
@@ -160,11 +160,10 @@ def test_the_future_is_not_seen(head, sample, embed):
 
     changed = sample.input_ids.copy()
     changed[7:] = (changed[7:] + 1) % 40
-    aux = {b: x.copy() for b, x in sample.aux.items()}
-    for x in aux.values():
-        x[6:] += 1.0
+    aux = sample.aux.copy()
+    aux[6:] += 1.0
     other = dataclasses.replace(sample, input_ids=changed, aux=aux)
-    before, after = (unroll(head, collate([s], LAYERS, K), embed, K) for s in (sample, other))
+    before, after = (unroll(head, collate([s], K), embed, K) for s in (sample, other))
     assert torch.equal(before[0][:3], after[0][:3])  # rows 2, 3, 4: the first turn
     assert torch.equal(before[2][:1], after[2][:1])
 
@@ -173,7 +172,7 @@ def test_streamed_teacher_equals_the_plain_one(lm_head, target_ids, sample, monk
     from eagle3_offline.draft import teacher
 
     monkeypatch.setattr(teacher, "BLOCK", 7)
-    batch = collate([sample], LAYERS, K)
+    batch = collate([sample], K)
     last = batch.last.float()
     plain = Teacher(lm_head, target_ids)
     rows = plain(batch)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from eagle3_offline.records import CapturedRow, Reject, TokenRow
-from eagle3_offline.store.format import DumpSpec
+from eagle3_offline.store.format import DumpSpec, Sizes, last_positions
 from eagle3_offline.store.seal import seal
 from eagle3_offline.store.target_files import write_target
 from eagle3_offline.store.writer import PartWriter
 
 H, V, LAYERS = 16, 50, (2, 15)
-SMALL = {"chunk_bytes": 7 * H * 2, "shard_bytes": 3 * 7 * H * 2}  # bf16: 7 tokens a chunk, 21 a shard
+SMALL = Sizes(chunk_bytes=7 * H * 2, shard_bytes=3 * 7 * H * 2)  # bf16: 7 tokens a chunk, 21 a shard
 
 SPEC = DumpSpec(
     layers=LAYERS,
@@ -21,6 +21,8 @@ SPEC = DumpSpec(
     vocab_size=V,
     dtype="bfloat16",
     codec="lossless",
+    last_codec="lossless",
+    compact=None,
     target={"name": "tiny", "weights": "abc"},
     engine={"name": "transformers", "version": "5"},
     max_length=200,
@@ -28,9 +30,9 @@ SPEC = DumpSpec(
 )
 
 
-def states(rng, length, dtype):
-    """[T, H] normal values in storage dtype."""
-    values = rng.standard_normal((length, H)).astype(np.float32)
+def states(rng, length, channels, dtype):
+    """[T, channels] normal values in storage dtype."""
+    values = rng.standard_normal((length, channels)).astype(np.float32)
     return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(dtype)
 
 
@@ -57,7 +59,8 @@ def make_row():
     def make(name, length=10, turns=((3, 5),), split="train", dtype="bfloat16", source="chat"):
         rng = np.random.default_rng([length, *name.encode()])
         row = TokenRow(name, source, split, rng.integers(0, V, length, dtype=np.int32), tuple(turns), ("stop",) * len(turns))
-        return CapturedRow(row, {layer: states(rng, length, dtype) for layer in LAYERS}, states(rng, length, dtype))
+        kept = last_positions(row.turns, length)
+        return CapturedRow(row, states(rng, length, len(LAYERS) * H, dtype), states(rng, length, H, dtype)[kept])
 
     return make
 
@@ -99,10 +102,10 @@ def put_target():
 def write_parts(rows):
     """Write the sealed parts of the fixture's plan into `folder`; no manifest yet."""
 
-    def write(folder, spec, **sizes):
+    def write(folder, spec, sizes=SMALL, **options):
         captured = rows(spec.dtype)
         for unit, split, names in [(0, "train", "abc"), (1, "train", "ü"), (2, "eval", "ef")]:
-            with PartWriter(folder, unit, split, spec, **(sizes or SMALL)) as writer:
+            with PartWriter(folder, unit, split, spec, sizes=sizes, **options) as writer:
                 for name in names:
                     writer.add(captured[name])
                 if unit == 0:
@@ -116,9 +119,9 @@ def write_parts(rows):
 def build(write_parts, put_target, units):
     """A whole sealed dump in `folder`."""
 
-    def make(folder, spec=SPEC, **sizes):
+    def make(folder, spec=SPEC, **options):
         put_target(folder)
-        write_parts(folder, spec, **sizes)
+        write_parts(folder, spec, **options)
         seal(folder, spec, units)
         return folder
 

@@ -9,23 +9,27 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from eagle3_offline.records import UserError
-from eagle3_offline.store.format import CHUNK_BYTES, DumpSpec, array_metadata, last_positions, part_layouts
+from eagle3_offline.store.format import DumpSpec, array_metadata, last_positions, plain_layouts, state_layouts
 
 
 def test_spec_survives_its_dict(spec):
     value = spec.to_dict()
-    assert value["layer_convention"] == "boundary" and value["last_norm"] == "post" and value["format_version"] == 1
+    assert value["layer_convention"] == "boundary" and value["last_norm"] == "post" and value["format_version"] == 2
     assert DumpSpec.from_dict(value) == spec
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "version 2"),
+        ({"format_version": 1}, "version 1"),
         ({"format_version": None}, "version None"),
         ({"surprise": 1}, "unknown keys surprise"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"codec": "gzip"}, "codec is 'gzip'"),
+        ({"last_codec": "gzip"}, "last_codec is 'gzip'"),
+        ({"last_codec": None}, "last_codec is None"),
+        ({"compact": {"rank": 4, "top_k": 2, "basis": "x"}}, "holds no last states"),
+        ({"compact": {"rank": 0, "top_k": 2, "basis": "x"}, "last_codec": None}, "rank is 0"),
         ({"layers": [2, 2]}, "each once"),
         ({"layers": [15, 2]}, "ascending"),
         ({"layers": []}, "one or more"),
@@ -62,19 +66,29 @@ def test_last_positions():
     assert last_positions((), 4).tolist() == []
 
 
-@pytest.mark.parametrize(("hidden", "chunk_rows"), [(4096, 64), (64, 4096), (1_000_000, 1)])
+@pytest.mark.parametrize(("hidden", "chunk_rows"), [(4096, 64), (576, 455), (64, 4096), (1_000_000, 1)])
 def test_sizes_go_by_bytes(make_spec, hidden, chunk_rows):
-    layout = part_layouts(make_spec(hidden_size=hidden))["h02"]
+    layout = state_layouts(make_spec(hidden_size=hidden))["h02"].main
     assert layout.chunk_rows == chunk_rows
-    assert layout.chunks_per_shard == max(1, (64 << 20) // max(CHUNK_BYTES, layout.row_bytes))
+    assert layout.chunks_per_shard == max(1, (64 << 20) // (chunk_rows * layout.row_bytes))
 
 
-@pytest.mark.parametrize("codec", ["lossless", "none"])
+BLOSC = {
+    "lossless": {"cname": "zstd", "shuffle": "shuffle"},
+    "lossless-fast": {"cname": "lz4", "shuffle": "bitshuffle"},
+    "int8": {"cname": "zstd", "shuffle": "shuffle"},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("codec", BLOSC)
 @pytest.mark.parametrize("name", ["h02", "input_ids", "loss_mask", "turns", "sumsq_h15"])
 def test_metadata_is_what_zarr_itself_writes(make_spec, tmp_path, name, codec):
-    layout = part_layouts(make_spec(codec=codec))[name]
+    spec = make_spec(codec=codec)
+    layout = state_layouts(spec)[name].main if name == "h02" else plain_layouts(spec)[name]
     metadata = array_metadata(layout, 100)
-    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=layout.dtype.itemsize, blocksize=1 << 20)
+    settings = BLOSC[codec if name == "h02" else "lossless"]
+    blosc = [BloscCodec(clevel=1, typesize=layout.dtype.itemsize, blocksize=1 << 20, **settings)] if settings else []
     array = zarr.create_array(
         store=tmp_path / "array",
         shape=(100, *layout.row_shape),
@@ -82,7 +96,7 @@ def test_metadata_is_what_zarr_itself_writes(make_spec, tmp_path, name, codec):
         shards=(layout.chunk_rows * layout.chunks_per_shard, *layout.row_shape),
         dtype=layout.dtype,
         serializer=BytesCodec(endian="little") if layout.dtype.itemsize > 1 else BytesCodec(),
-        compressors=[blosc, Crc32cCodec()] if codec == "lossless" else [Crc32cCodec()],
+        compressors=[*blosc, Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         fill_value=0,
         attributes=metadata["attributes"],

@@ -9,7 +9,8 @@ import pytest
 import zarr
 
 from eagle3_offline.records import UserError
-from eagle3_offline.store.files import file_record
+from eagle3_offline.store.files import record_of
+from eagle3_offline.store.format import Sizes
 from eagle3_offline.store.reader import Dump
 from eagle3_offline.store.reference import read_sample_with_zarr
 
@@ -17,39 +18,36 @@ ORDER = ["a", "b", "c", "ü", "f", "e"]  # planned order, not the order of writi
 
 
 def assert_same(one, other):
-    assert (one.id, one.turns, sorted(one.aux)) == (other.id, other.turns, sorted(other.aux))
-    pairs = [(getattr(one, name), getattr(other, name)) for name in ("input_ids", "last", "last_positions")]
-    for left, right in pairs + [(one.aux[layer], other.aux[layer]) for layer in one.aux]:
+    assert (one.id, one.turns) == (other.id, other.turns)
+    for left, right in [(getattr(one, name), getattr(other, name)) for name in ("input_ids", "aux", "last", "last_positions")]:
         assert left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
-@pytest.mark.parametrize("codec", ["lossless", "none"])
+@pytest.mark.parametrize("codec", ["lossless", "lossless-fast", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_goes_in_comes_out_and_plain_zarr_agrees(build, make_spec, rows, tmp_path, dtype, codec):
-    spec = make_spec(dtype=dtype, codec=codec)
+    spec = make_spec(dtype=dtype, codec=codec, last_codec=codec)
     dump = Dump.open(build(tmp_path / "dump", spec))
     assert dump.spec == spec and [dump.ids(i) for i in range(len(dump))] == ORDER
     for i, name in enumerate(ORDER):
         captured, sample = rows(dtype)[name], dump.sample(i)
         assert (sample.input_ids == captured.row.input_ids).all() and sample.turns == captured.row.turns == dump.turns(i)
-        for layer in spec.layers:
-            assert sample.aux[layer].tobytes() == captured.aux[layer].tobytes()
-        assert sample.last.tobytes() == captured.last[sample.last_positions].tobytes()
-        assert_same(sample, read_sample_with_zarr(dump.path, i))
+        assert sample.aux.tobytes() == captured.aux.tobytes() and sample.last.tobytes() == captured.last.tobytes()
+        assert_same(sample, read_sample_with_zarr(dump.where.path, i))
 
 
 def test_default_sizes(build, tmp_path):
-    dump = Dump.open(build(tmp_path / "dump", chunk_bytes=1 << 19))
+    dump = Dump.open(build(tmp_path / "dump", sizes=Sizes()))
     for i in range(len(dump)):
-        assert_same(dump.sample(i), read_sample_with_zarr(dump.path, i))
+        assert_same(dump.sample(i), read_sample_with_zarr(dump.where.path, i))
 
 
 def test_last_states_only_where_a_teacher_is_needed(dump, rows):
     # row b: mask 0 0 1 1 1 1 -> last states of 1 2 3 4 5; row ü: mask 1 0 0 0 0 0 0 -> of 0 1
     opened = Dump.open(dump)
     b, u, a = opened.sample(1), opened.sample(3), opened.sample(0)
-    assert b.last_positions.tolist() == [1, 2, 3, 4, 5] and (b.last == rows()["b"].last[1:]).all()
-    assert u.last_positions.tolist() == [0, 1] and (u.last == rows()["ü"].last[:2]).all()
+    assert b.last_positions.tolist() == [1, 2, 3, 4, 5] and (b.last == rows()["b"].last).all()
+    assert u.last_positions.tolist() == [0, 1] and (u.last == rows()["ü"].last).all()
     assert a.last.shape == (0, 16)
 
 
@@ -69,7 +67,7 @@ def test_a_layer_subset_reads_no_other_layer(dump):
     for path in (dump / "parts" / "unit-00000" / "h15").glob("c.*"):  # same size, so that opening the part succeeds
         path.write_bytes(bytes(path.stat().st_size))
     subset = Dump.open(dump).sample(2, layers=[2])
-    assert sorted(subset.aux) == [2] and (subset.aux[2] == whole.aux[2]).all()
+    assert (subset.aux == whole.aux[:, :16]).all()
     with pytest.raises(UserError, match=r"row 2 \(c\).*h15.*checksum"):
         Dump.open(dump).sample(2)
     with pytest.raises(UserError, match=r"layers \[7\]"):
@@ -81,22 +79,21 @@ def test_zero_states_are_written(make_row, make_spec, tmp_path, put_target):
     from eagle3_offline.store.writer import PartWriter
 
     row = make_row("z", 30)
-    for states in (*row.aux.values(), row.last):
-        states[:] = 0
-    with PartWriter(tmp_path, 0, "train", make_spec(), chunk_bytes=64, shard_bytes=128) as writer:
+    row.aux[:], row.last[:] = 0, 0
+    with PartWriter(tmp_path, 0, "train", make_spec(), sizes=Sizes(chunk_bytes=64, shard_bytes=128)) as writer:
         writer.add(row)
         files = writer.seal()["files"]
     assert sum(name.startswith("h02/c.") for name in files) == 8  # 2 tokens a chunk, 4 a shard, 30 tokens
     put_target(tmp_path)
     seal(tmp_path, make_spec(), [(0, "train", ("z",))])
-    assert not Dump.open(tmp_path).sample(0).aux[2].any()
+    assert not Dump.open(tmp_path).sample(0).aux.any()
 
 
 def test_same_rows_give_same_files(build, tmp_path):
     one, two = build(tmp_path / "one"), build(tmp_path / "two")
     names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
-    assert [file_record(one / name) for name in names] == [file_record(two / name) for name in names]
+    assert [record_of((one / name).read_bytes()) for name in names] == [record_of((two / name).read_bytes()) for name in names]
 
 
 def test_every_array_opens_with_plain_zarr(dump):
@@ -142,12 +139,12 @@ def test_statistics_are_those_of_the_train_split(dump, rows):
     for name in ["a", "b", "c", "ü"]:
         row = captured[name].row
         counts += np.bincount(row.input_ids[row.loss_mask > 0], minlength=50)
-        values = (captured[name].aux[2].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        values = (captured[name].aux[:, :16].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         squares, tokens = squares + (values**2).sum(0), tokens + len(values)
     statistics = Dump.open(dump).statistics
     assert (statistics["token_counts"] == counts).all() and counts.sum() == 49
-    assert statistics["rms_h02"].dtype == np.float32
-    np.testing.assert_allclose(statistics["rms_h02"], np.sqrt(squares / tokens), rtol=1e-6)
+    assert statistics["rms"].dtype == np.float32 and statistics["rms"].shape == (32,)
+    np.testing.assert_allclose(statistics["rms"][:16], np.sqrt(squares / tokens), rtol=1e-6)
 
 
 def test_target(dump, put_target):
@@ -156,7 +153,7 @@ def test_target(dump, put_target):
 
     opened = Dump.open(dump)
     tensors = opened.target_tensors()
-    theirs = load_file(opened.target_folder / "target.safetensors")
+    theirs = load_file(opened.target.path / "target.safetensors")
     assert set(tensors) == set(theirs) == {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
     for name, array in tensors.items():
         assert array.dtype == np.uint16 and opened.target_dtypes()[name] == "bfloat16" and theirs[name].dtype == torch.bfloat16
@@ -164,7 +161,7 @@ def test_target(dump, put_target):
     put_target(dump)  # the same again
     with pytest.raises(UserError, match="target.safetensors differ"):
         put_target(dump, value=3)
-    assert not list(dump.glob(".target*")) and (opened.target_folder / "config.json").read_bytes() == b'{"a": 1}\n'
+    assert not list(dump.glob(".target*")) and (opened.target / "config.json").read() == b'{"a": 1}\n'
 
 
 def test_the_bytes_that_the_format_page_draws(make_spec, tmp_path):
@@ -173,9 +170,9 @@ def test_the_bytes_that_the_format_page_draws(make_spec, tmp_path):
 
     states = np.arange(16, dtype=np.uint16).reshape(8, 2)  # tokens a to h, H = 2
     row = TokenRow("row", "chat", "train", np.arange(8, dtype=np.int32), ((3, 5),), ("stop",))
-    spec = make_spec(layers=(2,), hidden_size=2, codec="none")
-    with PartWriter(tmp_path, 42, "train", spec, chunk_bytes=12, shard_bytes=24) as writer:
-        writer.add(CapturedRow(row, {2: states}, states))
+    spec = make_spec(layers=(2,), hidden_size=2, codec="none", last_codec="none")
+    with PartWriter(tmp_path, 42, "train", spec, sizes=Sizes(chunk_bytes=12, shard_bytes=24)) as writer:
+        writer.add(CapturedRow(row, states, states[2:6]))
         writer.seal()
     folder = tmp_path / "parts" / "unit-00042"
     first, second = (list((folder / "h02" / name).read_bytes()) for name in ("c.0.0", "c.1.0"))

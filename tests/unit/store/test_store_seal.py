@@ -82,6 +82,6 @@ def test_nothing_but_a_sealed_dump_opens(dump, tmp_path):
     with pytest.raises(UserError, match="expected a sealed dump"):
         Dump.open(tmp_path)
     manifest = dump / "dump.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9', 1))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 9', 1))
     with pytest.raises(UserError, match="format version 9"):
         Dump.open(dump)

@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from eagle3_offline.records import CapturedRow, Reject, UserError
+from eagle3_offline.records import CapturedRow, Reject, TopLogits, UserError
+from eagle3_offline.store.format import Sizes
+from eagle3_offline.store.numeric import channel_squares, outlier_tokens
 from eagle3_offline.store.part import Part
-from eagle3_offline.store.writer import BadRow, PartExists, PartWriter, channel_squares
+from eagle3_offline.store.places import LocalPlace
+from eagle3_offline.store.writer import BadRow, PartExists, PartWriter
 
 INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 NOT_A_NUMBER = {"bfloat16": 0xFFC1, "float16": 0xFE01, "float32": 0xFFC00001}
@@ -31,9 +34,13 @@ def test_bad_rows_leave_no_trace(spec, make_row, tmp_path):
         change_row(good, finish_reasons=()),
         make_row("long", 201),
         make_row("empty", 0, ()),
-        CapturedRow(good.row, {2: good.aux[2]}, good.last),
-        CapturedRow(good.row, {**good.aux, 3: good.last}, good.last),
-        CapturedRow(good.row, {**good.aux, 15: good.last[:-1]}, good.last),
+        CapturedRow(good.row, good.aux[:, :16], good.last),
+        CapturedRow(good.row, good.aux[:-1], good.last),
+        CapturedRow(good.row, good.aux, None),
+        CapturedRow(
+            good.row, good.aux, good.last, TopLogits(np.zeros((4, 2), np.int32), np.zeros((4, 2), np.float16), np.zeros(4, np.float32))
+        ),
+        CapturedRow(good.row, good.aux, good.last[:-1]),
         CapturedRow(good.row, good.aux, good.last[:, :-1]),
         CapturedRow(good.row, good.aux, good.last.astype(np.float32)),
     ]
@@ -60,8 +67,8 @@ def test_values_that_are_not_finite_are_refused(make_spec, make_row, tmp_path, d
     with PartWriter(tmp_path, 0, "train", make_spec(dtype=dtype)) as writer:
         for number, bits in enumerate([INFINITE[dtype], NOT_A_NUMBER[dtype], LARGEST[dtype]]):
             captured = make_row(f"row{number}", dtype=dtype)
-            states = captured.aux[15] if where == "layer" else captured.last
-            states.view(f"u{states.dtype.itemsize}")[4, 3] = bits
+            states = captured.aux if where == "layer" else captured.last
+            states.view(f"u{states.dtype.itemsize}")[2, 3] = bits
             if bits == LARGEST[dtype]:
                 writer.add(captured)
             else:
@@ -86,14 +93,14 @@ def test_a_part_may_hold_rejects_only(spec, tmp_path):
     with PartWriter(tmp_path, 0, "train", spec) as writer:
         writer.reject(Reject("too long", id="x"))
         writer.seal()
-    part = Part(tmp_path / "parts" / "unit-00000", spec)
-    assert part.offsets.tolist() == [0] and part.whole("h02").shape == (0, 16) and part.whole("turns").shape == (0, 2)
+    part = Part(LocalPlace(tmp_path / "parts" / "unit-00000"), spec)
+    assert part.offsets.tolist() == [0] and part.states["h02"].read(0, 0).shape == (0, 16) and part.whole("turns").shape == (0, 2)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])
 def test_an_abandoned_writer_leaves_nothing(spec, make_row, tmp_path, error):
     try:
-        with PartWriter(tmp_path, 0, "train", spec, chunk_bytes=64, shard_bytes=64) as writer:
+        with PartWriter(tmp_path, 0, "train", spec, sizes=Sizes(chunk_bytes=64, shard_bytes=64)) as writer:
             writer.add(make_row("a", 100))
             assert len(list((tmp_path / "parts").rglob("c.*"))) > 100  # full shards are on disk already
             if error:
@@ -119,7 +126,7 @@ def test_a_unit_is_sealed_once(spec, make_row, tmp_path):
 
 
 def test_everything_is_on_disk_before_the_rename(spec, make_row, tmp_path, fsynced):
-    with PartWriter(tmp_path, 0, "train", spec, chunk_bytes=64, shard_bytes=128) as writer:
+    with PartWriter(tmp_path, 0, "train", spec, sizes=Sizes(chunk_bytes=64, shard_bytes=128)) as writer:
         writer.add(make_row("a"))
         writer.seal()
     folder, temporary = tmp_path / "parts" / "unit-00000", str(writer._temporary)
@@ -130,7 +137,7 @@ def test_everything_is_on_disk_before_the_rename(spec, make_row, tmp_path, fsync
 def test_no_seal_after_a_failed_write(spec, make_row, tmp_path, monkeypatch):
     with PartWriter(tmp_path, 0, "train", spec) as writer:
         writer.add(make_row("a"))
-        monkeypatch.setattr(writer._arrays["last"], "append", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr(writer._states["last"], "append", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             writer.add(make_row("b"))
         with pytest.raises(UserError, match="incomplete"):
@@ -141,13 +148,14 @@ def test_outlier_tokens_are_left_out_of_the_squares(spec, make_row, tmp_path):
     states = np.ones((10, 16), np.float32)
     states[4] *= 9  # norm 9 medians: out
     states[7] *= 8  # norm 8 medians: in
-    squares, tokens = channel_squares(states, "float32")
-    assert tokens == 9 and squares.tolist() == [8 + 64] * 16
+    outliers = outlier_tokens(states, "float32")
+    assert np.flatnonzero(outliers).tolist() == [4]
+    assert channel_squares(states, "float32", outliers).tolist() == [8 + 64] * 16
 
     captured = make_row("a", 10)
-    captured.aux[15][4] = 0x4500  # 2048: an attention sink
+    captured.aux[4, 16:] = 0x4500  # 2048: an attention sink
     with PartWriter(tmp_path, 0, "train", spec) as writer:
         writer.add(captured)
         content = writer.seal()
     assert content["sumsq_tokens"] == {"h02": 10, "h15": 9}
-    assert Part(tmp_path / "parts" / "unit-00000", spec).whole("sumsq_h15").max() < 100
+    assert Part(LocalPlace(tmp_path / "parts" / "unit-00000"), spec).whole("sumsq_h15").max() < 100

@@ -1,0 +1,129 @@
+"""Compact dumps: the captured layers as r projected channels, teachers as their largest logits.
+
+The draft sees the captured layers only through `fc`, whose rank is at most H; so the store may keep `aux @ P`, P [C, r], and the draft
+train `fc_r` [H, r] on it; export writes `fc_r @ P.T`, an ordinary EAGLE-3 fc. P = diag(1/s) U: s each channel's rms, U the leading
+eigenvectors of the uncentred second moment of the scaled states (fc has no bias), outlier tokens left out of both.
+
+Legend: T tokens, C = n_aux * H channels, r rank, n teachers, V vocabulary, k kept logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..records import CapturedRow, TokenRow, TopLogits, UserError
+from ..store.format import DumpSpec, last_positions
+from ..store.numeric import outlier_tokens, put_float32, to_float32
+
+TOKENS_PER_CHANNEL = 10  # a basis is fitted on at least so many tokens for each of the C channels
+RIDGE = 1e-3  # added to the diagonal of a ridge regression, in units of the mean diagonal
+_PRODUCT_TOKENS = 4096  # tokens of one product: adding up [C, C] takes longer than multiplying a short row
+_TEACHER_ROWS = 256  # logits [rows, V] in fp32 at a time
+
+
+class Moments:
+    """Sums over captured tokens, from which a basis and the ridge start follow. fp32 products, fp64 sums."""
+
+    def __init__(self, channels: int, hidden_size: int):
+        self.tokens = 0
+        self.second = torch.zeros(channels, channels, dtype=torch.float64)  # of aux, all tokens but outliers
+        self.rooted = torch.zeros(channels, channels, dtype=torch.float64)  # of aux[p] where m[p+1] = 1
+        self.crossed = torch.zeros(channels, hidden_size, dtype=torch.float64)  # of aux[p] with last[p+1] / norm.weight there
+        self._usable: list[Tensor] = []  # rows that wait for a product of many tokens at once
+        self._roots: list[Tensor] = []
+        self._ahead: list[Tensor] = []
+
+    def add(self, row: TokenRow, aux: np.ndarray, last: np.ndarray, norm: Tensor, dtype: str) -> None:
+        """aux [T, C] and last [T_last, H] in storage dtype; norm [H] fp32."""
+        values = torch.from_numpy(to_float32(aux, dtype))
+        pieces = np.split(aux, aux.shape[1] // last.shape[1], axis=1)  # the layers
+        kept = ~np.any([outlier_tokens(piece, dtype) for piece in pieces], axis=0)  # [T]
+        self._usable.append(values[torch.from_numpy(kept)])
+        self.tokens += len(self._usable[-1])
+        positions = last_positions(row.turns, len(row.input_ids))
+        answers = np.flatnonzero(row.loss_mask[1:] & kept[:-1])  # p with m[p+1] = 1
+        self._roots.append(values[torch.from_numpy(answers)])
+        self._ahead.append(torch.from_numpy(to_float32(last, dtype))[np.searchsorted(positions, answers + 1)] / norm)
+        if sum(map(len, self._usable)) >= _PRODUCT_TOKENS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Add the products of the rows that wait."""
+        if not self._usable:
+            return
+        usable, roots, ahead = (torch.cat(pieces) for pieces in (self._usable, self._roots, self._ahead))
+        self.second += (usable.T @ usable).double()
+        self.rooted += (roots.T @ roots).double()
+        self.crossed += (roots.T @ ahead).double()
+        self._usable, self._roots, self._ahead = [], [], []
+
+    def basis(self, rank: int) -> dict[str, np.ndarray]:
+        """The content of `target/basis.safetensors` for r = rank: see FORMAT.md."""
+        self._multiply()
+        channels = len(self.second)
+        if rank > channels:
+            raise UserError(f"dump.rank asks for {rank} channels; the captured layers have only {channels} together")
+        if self.tokens < TOKENS_PER_CHANNEL * channels:
+            raise UserError(
+                f"the basis of {channels} channels needs at least {TOKENS_PER_CHANNEL * channels} tokens, found {self.tokens}: "
+                f"prepare and regenerate more rows first"
+            )
+        scale = (self.second.diagonal() / self.tokens).sqrt().clamp(min=1e-12)  # s [C]
+        values, vectors = torch.linalg.eigh(self.second / self.tokens / scale[:, None] / scale)  # ascending
+        components = vectors.flip(1)[:, :rank]  # U [C, r]
+        components = components * torch.where(components.sum(0) < 0, -1.0, 1.0)  # eigenvectors have no sign of their own
+        projection = components / scale[:, None]
+        gram = projection.T @ self.rooted @ projection
+        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(rank, dtype=torch.float64)
+        start = torch.linalg.solve(gram + ridge, projection.T @ self.crossed)  # [r, H]
+        found = {"components": components, "scale": scale, "eigenvalues": values.flip(0), "ridge": start.T}
+        return {name: tensor.float().contiguous().numpy() for name, tensor in found.items()}
+
+
+class Reduction:
+    """Reduces captured rows to what a compact dump keeps."""
+
+    def __init__(self, spec: DumpSpec, basis: Mapping[str, np.ndarray], lm_head: Tensor, device: torch.device | str = "cpu"):
+        """lm_head [V, H]"""
+        self.spec = spec
+        self.device = torch.device(device)
+        self.projection = (torch.from_numpy(basis["components"].copy()) / torch.from_numpy(basis["scale"].copy())[:, None]).to(self.device)
+        if self.projection.shape[1] != spec.compact.rank:
+            raise UserError(
+                f"the basis has rank {self.projection.shape[1]}, the dump's is {spec.compact.rank}: remove the dump's folder to fit it anew"
+            )
+        self.lm_head = lm_head.to(self.device)
+
+    def __call__(self, row: TokenRow, aux: np.ndarray, last: np.ndarray) -> CapturedRow:
+        """aux [T, C] and last [T_last, H] in storage dtype."""
+        values = torch.from_numpy(to_float32(aux, self.spec.dtype)).to(self.device)
+        projected = np.empty((len(aux), self.spec.compact.rank), self.spec.storage_dtype)
+        put_float32((values @ self.projection).cpu().numpy(), projected, self.spec.dtype)
+        positions = last_positions(row.turns, len(row.input_ids))
+        following = np.append(row.input_ids, -1)[positions + 1]  # -1: no token follows
+        states = torch.from_numpy(to_float32(last, self.spec.dtype)).to(self.device)
+        return CapturedRow(row, projected, None, top_logits(states, self.lm_head, following, self.spec.compact.top_k))
+
+
+def top_logits(last: Tensor, lm_head: Tensor, following: np.ndarray, k: int) -> TopLogits:
+    """The k largest of last [n, H] @ lm_head.T with their exact log-sum-exp; the token that followed ([n], -1 for none) among them."""
+    ids, log_probs, normaliser = [], [], []
+    after = torch.from_numpy(following.astype(np.int64)).to(last.device)
+    for start in range(0, len(last), _TEACHER_ROWS):
+        logits = (last[start : start + _TEACHER_ROWS].to(lm_head.dtype) @ lm_head.T).float()  # [rows, V]
+        values, index = logits.topk(k)
+        wanted = after[start : start + len(logits), None]
+        absent = (wanted >= 0) & (index != wanted).all(1, keepdim=True)  # the last of the k gives way
+        index[:, -1:] = torch.where(absent, wanted, index[:, -1:])
+        values[:, -1:] = torch.where(absent, logits.gather(1, wanted.clamp(min=0)), values[:, -1:])
+        total = logits.logsumexp(1)
+        ids.append(index.int().cpu())
+        log_probs.append((values - total[:, None]).clamp(min=torch.finfo(torch.float16).min).half().cpu())
+        normaliser.append(total.cpu())
+    if not ids:
+        return TopLogits(np.empty((0, k), np.int32), np.empty((0, k), np.float16), np.empty(0, np.float32))
+    return TopLogits(*(torch.cat(pieces).numpy() for pieces in (ids, log_probs, normaliser)))
