@@ -112,7 +112,7 @@ def test_the_engine_and_then_the_client_die_in_the_middle_of_a_dump(regenerated,
     assert client.returncode == 1 and "not dumped, run them again" in output, output
     missing = [part.name for part in sealed if not part.is_dir()]
     assert len(missing) == 1  # the unit that was being dumped; the others got a new engine
-    assert scratches() == before
+    assert scratches() <= before
 
     client = killed.start(*DUMP)
     wait_for(lambda: any(scratch / "states" for scratch in scratches() - before))
@@ -125,7 +125,7 @@ def test_the_engine_and_then_the_client_die_in_the_middle_of_a_dump(regenerated,
         os.utime(scratch, (0, 0))
 
     killed.stage(*DUMP)
-    assert scratches() == before
+    assert scratches() <= before
     killed.stage("store", "seal", "--set", "target.engine=sglang")
     killed.stage("store", "verify")
 
