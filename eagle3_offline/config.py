@@ -149,12 +149,19 @@ class TrainConfig:
     draft: str = opt("draft", "name of the draft: its folder is RUN/drafts/NAME")
     draft_vocab_size: int = opt(32000, "tokens that the draft can propose, the most frequent ones of the train answers")
     ttt_length: int = opt(7, "K, steps of test-time training: how many tokens deep the draft is unrolled")
+    layers: list[int] = opt([], "which of the dump's captured layers the draft reads, boundary indices; empty: all of them")
     step_decay: float = opt(0.8, "weight of step k's loss is step_decay**k")
+    loss: Literal["soft cross-entropy", "lk-alpha", "lk-lambda"] = opt(
+        "soft cross-entropy", "of each row; the LK losses (arXiv 2602.23881) aim at the acceptance rate itself"
+    )
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
-    aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export")
+    fc_init: Literal["random", "ridge"] = opt("random", "fc starts random, or as the best linear guess of the next token's last state")
+    aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
+    fc_norm: bool = opt(False, "EAGLE-3.1: norm each captured layer before fc; aux_scaling then is where the norms' weights start")
+    norm_output: bool = opt(False, "EAGLE-3.1: the state after the final norm goes into the next step, not the one before it")
     dtype: Literal["auto", "bfloat16", "float32"] = opt(
         "auto", "compute dtype, masters are fp32; auto: bfloat16 where the processor multiplies it natively"
     )
@@ -172,6 +179,9 @@ class TrainConfig:
     eval_rows: int = opt(64, "held-out conversations of an evaluation during training")
     checkpoint_every: int = opt(1000, "steps between checkpoints")
     keep_checkpoints: int = opt(2, "checkpoints that are kept, the newest ones")
+    keep_epochs: bool = opt(False, "also write and keep a checkpoint at the end of each epoch")
+    publish: Literal["last", "best"] = opt("last", "which weights become the draft: the last step's, or those with the best held-out tau")
+    early_stop: int = opt(0, "end when so many evaluations in a row bring no better held-out tau; 0: never")
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")
 
     def __post_init__(self) -> None:
@@ -191,6 +201,8 @@ class TrainConfig:
             "dist_timeout",
         )
         share(self, "train", "warmup_ratio", "final_ratio")
+        if self.early_stop < 0:
+            raise UserError(f"train.early_stop is {self.early_stop}; it may not be negative")
         if self.batch_size % self.micro_batch_size:
             raise UserError(f"train.batch_size is {self.batch_size}, no multiple of micro_batch_size {self.micro_batch_size}")
         if not self.draft or "/" in self.draft or self.draft.startswith("."):
@@ -214,7 +226,7 @@ class EvaluateConfig:
 class ExportConfig:
     """The trained draft as a folder that an inference engine loads."""
 
-    to: Literal["sglang"] = opt("sglang", "whose key names and config to write")
+    to: Literal["sglang", "vllm", "hf"] = opt("sglang", "whose weight names and layer numbers to write; hf: for the hub, both numbers")
     dtype: Literal["bfloat16", "float16", "float32"] = opt("bfloat16", "dtype of the weights")
 
 

@@ -20,6 +20,7 @@ from .config import Recipe, TargetConfig
 from .conversations.prepare import prepare
 from .conversations.stdlib_questions import answer_pairs, documents
 from .conversations.token_rows import answer_tokens, plan_of_token_rows
+from .draft.check import check_export as check_exported
 from .draft.export import export
 from .evaluation.decode import decode
 from .evaluation.report import write_report
@@ -29,9 +30,9 @@ from .runs import Run, SettingsChanged, StopSignal, read_json, write_json
 from .store.estimate import estimate
 from .store.format import Compact, DumpSpec
 from .store.places import is_remote, place
+from .store.reader import Dump
 from .store.repair import STALE_HOURS, abandoned
 from .store.seal import sealed
-from .store.target_files import carried
 from .store.verify import verify as store_verify
 from .target.folder import resolve_folder, target_dtype, text_config
 from .target.serve import serve
@@ -148,16 +149,22 @@ def status(run: Run) -> Summary:
     }
 
 
+def export_draft(run: Run, recipe: Recipe) -> Summary:
+    return export(run.draft(recipe.train.draft), recipe.export)
+
+
+def check_export(run: Run, recipe: Recipe) -> Summary:
+    """The export that is there, against the trained draft and the dump."""
+    dump = Dump.open(run.dump)
+    return check_exported(run.draft(recipe.train.draft), dump.manifest, dump.target_json("config.json"))
+
+
 def serve_target(run: Run, recipe: Recipe, more: tuple[str, ...], stop: StopSignal, say: Callable[[str], None], **where: Any) -> Summary:
     """SGLang servers of the target until a signal comes. more: SGLang's own arguments; where: see `target.serve.serve`."""
     folder, target = target_folder(recipe.target), recipe.target
     context = min(target.max_length, text_config(folder)["max_position_embeddings"])
     options = generation_options(folder, target_dtype(target, folder), context, target.trust_remote_code, not torch.cuda.is_available())
     return {"servers": serve({**options, **target.sglang}, more, run.folder / "logs", stop, say, **where)}
-
-
-def export_draft(run: Run, recipe: Recipe) -> Summary:
-    return export(run.draft(recipe.train.draft), carried(run.dump), recipe.export)
 
 
 def evaluate(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:

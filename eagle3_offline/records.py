@@ -22,7 +22,7 @@ class TooManyRejected(Exception):
 
 
 class CheckFailed(Exception):
-    """The demo ran to its end, but something that must hold does not. Exit code 1."""
+    """Something that must hold does not: a check of the demo, a loss that stays finite. Exit code 1."""
 
 
 class EngineFailed(Exception):

@@ -71,17 +71,6 @@ def dumped(random_target, tmp_path_factory):
     return cli
 
 
-@pytest.fixture(scope="session")
-def tiny_demo(tmp_path_factory):
-    """The run folder of a whole demo on the tiny target."""
-    from .small_runs import demo
-
-    run = tmp_path_factory.mktemp("demo") / "run"
-    done = demo(run)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return run
-
-
 @pytest.fixture
 def answered(dumped, tmp_path):
     """A copy of the run up to its answers, without a dump."""
@@ -123,3 +112,14 @@ def s3(s3_server, connect):
 
     connect(s3_server.environment)
     return new_prefix()
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory):
+    """The run folder of a whole demo on the tiny target."""
+    from .small_runs import demo
+
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = demo(run)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run

@@ -25,13 +25,13 @@ def conversations(count: int) -> list[dict]:
     return rows
 
 
-def write_recipe(folder: Path, target: Path, rows: list[dict], /, **changes: dict) -> Path:
+def write_recipe(folder: Path, model: Path, rows: list[dict], /, **changes: dict) -> Path:
     """A recipe over these rows with small numbers everywhere; `changes` update its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "name": "small",
-        "target": {"model": str(target), "dtype": "bfloat16", "max_length": 160},
+        "target": {"model": str(model), "dtype": "bfloat16", "max_length": 160},
         "prepare": {"inputs": [str(folder / "rows.jsonl")], "eval_rows": 6, "unit_rows": 8},
         "regenerate": {"max_tokens": 12, "batch_size": 8},
         "train": {
@@ -81,8 +81,9 @@ class Cli:
         env = {**own_environment(), **environment}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
-    def phase_one(self) -> None:
-        for words in (["prepare"], ["regenerate"], ["dump-hidden"], ["store", "seal"]):
+    def phase_one(self, compact: bool = False) -> None:
+        basis = [["dump-hidden", "--fit-basis"]] if compact else []
+        for words in (["prepare"], ["regenerate"], *basis, ["dump-hidden"], ["store", "seal"]):
             self.stage(*words)
 
 

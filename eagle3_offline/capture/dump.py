@@ -102,11 +102,10 @@ def _dump_units(
 ) -> dict[int, EngineFailed]:
     """Dump them one by one; the units during which the engine failed, with the reason. The next unit gets a new engine.
 
-    An engine that does not even start, or fails for BROKEN units in a row, is broken for good.
+    An engine that does not even start, or fails twice in a row, is broken for good.
     """
     failed: dict[int, EngineFailed] = {}
     engine: Engine | None = None
-    in_a_row = 0
     try:
         for unit in units:
             engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
@@ -115,11 +114,9 @@ def _dump_units(
             except EngineFailed as error:
                 failed[unit.unit] = error
                 engine.close()
-                engine, in_a_row = None, in_a_row + 1
-                if in_a_row == BROKEN:
+                engine = None
+                if unit.unit - 1 in failed:
                     break
-            else:
-                in_a_row = 0
     finally:
         if engine is not None:
             engine.close()
@@ -235,7 +232,7 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
     rows = _basis_rows(run, int(BASIS_MARGIN * TOKENS_PER_CHANNEL * channels))
     batches = list(token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens))
     engine = target.engine(run.folder / "logs" / "sglang-fit-basis.log", recipe.dump.batch_tokens)
-    with StageProgress("fit-basis", len(rows)) as progress, closing(engine):
+    with closing(engine), StageProgress("fit-basis", len(rows)) as progress:
         for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
             for row, states in zip(batch, captured, strict=True):

@@ -16,18 +16,29 @@ import torch
 from torch import Tensor
 
 
-def attend(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
-    """One conversation's attention. Returns [n, h, d].
+def attend(
+    query: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: list[Tensor],
+    own_values: list[Tensor],
+    begins: Tensor | None = None,
+) -> Tensor:
+    """Attention of one conversation, or with `begins` of several side by side. Returns [n, h, d].
 
     query [n, h, d] of the rows `rows` [n] (indices into the conversation's step-0 rows); keys, values [T, kv, d];
-    own_keys, own_values: per later step 1..k the rows' own [n, kv, d].
+    own_keys, own_values: per later step 1..k the rows' own [n, kv, d]. begins [n]: first row of each row's conversation.
     """
     n, heads, dim = query.shape
     groups = heads // keys.shape[1]
     query = (query * dim**-0.5).unflatten(1, (-1, groups))  # [n, kv, g, d]
     scores = torch.einsum("nkgd,tkd->nkgt", query, keys)
-    future = torch.arange(len(keys), device=rows.device) > rows[:, None]  # [n, T]
-    scores = scores.masked_fill(future[:, None, None, :], float("-inf"))
+    places = torch.arange(len(keys), device=rows.device)
+    hidden = places > rows[:, None]  # [n, T]: the future
+    if begins is not None:
+        hidden |= places < begins[:, None]  # other conversations
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
     if own_keys:
         own = torch.stack([(query * key[:, :, None]).sum(-1) for key in own_keys], dim=-1)  # [n, kv, g, k]
         scores = torch.cat((scores, own), dim=-1)

@@ -21,11 +21,21 @@ class StepRows:
     positions: Tensor  # [n_k] rotary position p + k
     tokens: Tensor  # [n_k] token that the row reads, x[p+1+k]
     predicted: Tensor  # [n_k] token that followed, x[p+2+k]
-    teacher: Tensor  # [n_k] index into DraftBatch.last
+    teacher: Tensor  # [n_k] index into the rows of DraftBatch.last or DraftBatch.top
     counts: tuple[int, ...]  # rows per conversation; sums to n_k
 
 
+@dataclass(frozen=True)
+class TopRows:
+    """The teachers of a compact dump (records.TopLogits) as tensors."""
+
+    ids: Tensor  # [n, k] int64 target ids, the whole vocabulary's argmax first
+    log_probs: Tensor  # [n, k] fp32: logit - log-sum-exp of the whole vocabulary
+
+
 def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, TopRows):
+        return TopRows(_moved(value.ids, device), _moved(value.log_probs, device))
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
@@ -34,12 +44,13 @@ class DraftBatch:
     """Several conversations side by side: no padding, segments instead."""
 
     ids: tuple[str, ...]
-    aux: Tensor  # [N, n_aux * H] captured states of tokens 0..T-2 of every conversation
+    aux: Tensor  # [N, A] captured states (or their projection) of tokens 0..T-2 of every conversation
     tokens: Tensor  # [N] the token of each row at step 0, x[p+1]
     positions: Tensor  # [N] p
     segments: tuple[tuple[int, int], ...]  # flat row range of each conversation
-    last: Tensor  # [n_last, H] the target's post-norm last states
-    last_counts: tuple[int, ...]  # rows of `last` per conversation
+    last: Tensor | None  # [n, H] the target's post-norm last states; None: from a compact dump
+    top: TopRows | None  # the teachers of a compact dump
+    teacher_counts: tuple[int, ...]  # rows of `last` or `top` per conversation
     steps: tuple[StepRows, ...]
 
     def to(self, device: torch.device) -> DraftBatch:
@@ -57,10 +68,10 @@ def to_torch(array: np.ndarray) -> Tensor:
 def collate(samples: list[Sample], steps: int, aux_scale: Tensor | None = None) -> DraftBatch:
     """The batch of these samples, unrolled over `steps` steps.
 
-    aux_scale [n_aux * H] multiplies the captured channels (training with channel scaling; export folds it into fc).
+    aux_scale [A] multiplies the captured channels (training with channel scaling; export folds it into fc).
     """
     starts = np.cumsum([0, *(len(sample.input_ids) - 1 for sample in samples)])
-    last_starts = np.cumsum([0, *(len(sample.last) for sample in samples)])
+    teacher_starts = np.cumsum([0, *(len(sample.last_positions) for sample in samples)])
     ids = [sample.input_ids.astype(np.int64) for sample in samples]
     aux = torch.cat([to_torch(sample.aux)[:-1] for sample in samples])
     return DraftBatch(
@@ -69,13 +80,20 @@ def collate(samples: list[Sample], steps: int, aux_scale: Tensor | None = None) 
         tokens=torch.from_numpy(np.concatenate([x[1:] for x in ids])),
         positions=torch.from_numpy(np.concatenate([np.arange(len(x) - 1) for x in ids])),
         segments=tuple((int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)),
-        last=torch.cat([to_torch(sample.last) for sample in samples]),
-        last_counts=tuple(len(sample.last) for sample in samples),
-        steps=tuple(_step_rows(samples, ids, starts, last_starts, step) for step in range(steps)),
+        last=torch.cat([to_torch(sample.last) for sample in samples]) if samples[0].last is not None else None,
+        top=_top_rows(samples) if samples[0].top is not None else None,
+        teacher_counts=tuple(len(sample.last_positions) for sample in samples),
+        steps=tuple(_step_rows(samples, ids, starts, teacher_starts, step) for step in range(steps)),
     )
 
 
-def _step_rows(samples: list[Sample], ids: list[np.ndarray], starts: np.ndarray, last_starts: np.ndarray, step: int) -> StepRows:
+def _top_rows(samples: list[Sample]) -> TopRows:
+    ids = np.concatenate([sample.top.ids for sample in samples]).astype(np.int64)
+    log_probs = np.concatenate([sample.top.log_probs for sample in samples]).astype(np.float32)
+    return TopRows(torch.from_numpy(ids), torch.from_numpy(log_probs))
+
+
+def _step_rows(samples: list[Sample], ids: list[np.ndarray], starts: np.ndarray, teacher_starts: np.ndarray, step: int) -> StepRows:
     pieces, counts, before = [], [], 0
     for number, sample in enumerate(samples):
         turn = turn_of_token(sample.turns, len(sample.input_ids))
@@ -83,14 +101,14 @@ def _step_rows(samples: list[Sample], ids: list[np.ndarray], starts: np.ndarray,
         previous = serving_rows(turn, step - 1) if step else np.arange(len(turn) - 1)
         teacher = np.searchsorted(sample.last_positions, input_token(rows, step))
         if not np.array_equal(sample.last_positions[teacher], input_token(rows, step)):
-            raise ValueError(f"row {sample.id}: the store holds no last state for a supervised row at step {step}")
+            raise ValueError(f"row {sample.id}: the store holds no teacher for a supervised row at step {step}")
         pieces.append((
             starts[number] + rows,
             before + np.searchsorted(previous, rows),
             rows + step,
             ids[number][input_token(rows, step)],
             ids[number][predicted_token(rows, step)],
-            last_starts[number] + teacher,
+            teacher_starts[number] + teacher,
         ))  # fmt: skip
         counts.append(len(rows))
         before += len(previous)

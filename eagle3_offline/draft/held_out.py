@@ -42,15 +42,14 @@ def measure(
             hits[step.rows.cpu().numpy(), k] = (target_ids[logits[k].argmax(-1)] == step.predicted).cpu().numpy()
         totals.add_hits(sample.turns, turn_of_token(sample.turns, len(sample.input_ids)), hits)
         if teacher is not None:
-            _add_distances(totals, logits, batch, teacher(batch), teacher.log_normaliser(batch.last))
+            _add_distances(totals, logits, batch, teacher(batch, whole=True))
     return totals
 
 
-def _add_distances(totals: HeldOut, logits: list[Tensor], batch: DraftBatch, teacher: TeacherRows, log_normaliser: Tensor) -> None:
+def _add_distances(totals: HeldOut, logits: list[Tensor], batch: DraftBatch, teacher: TeacherRows) -> None:
+    inside, true = teacher.inside, teacher.true  # [n, m]
     for k, step in enumerate(batch.steps):
-        z = teacher.logits[step.teacher]  # [n_k, D]
-        true = (z - log_normaliser[step.teacher, None]).exp()  # the target's mass on each draft token
-        log_q = logits[k].log_softmax(-1)
-        log_p = z.log_softmax(-1)
-        totals.acceptance[k] += float(torch.minimum(true, log_q.exp()).sum())
-        totals.divergence[k] += float((log_p.exp() * (log_p - log_q)).sum())
+        log_q = teacher.columns(logits[k].log_softmax(-1), step.teacher)  # [n_k, m]
+        p = inside[step.teacher]
+        totals.acceptance[k] += float(torch.minimum(true[step.teacher], log_q.exp()).sum())
+        totals.divergence[k] += float((torch.xlogy(p, p) - p * log_q).sum())

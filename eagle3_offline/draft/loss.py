@@ -1,21 +1,42 @@
-"""The test-time-training loss: sum over steps k of step_decay**k times a weighted mean of soft cross-entropies.
+"""The test-time-training loss: sum over steps k of step_decay**k times a weighted mean over the rows alive at step k.
 
-Denominators belong to the *global* batch of an optimiser step, so that the loss does not depend on ranks, accumulation
-or padding. Legend: n_k rows alive at step k, B conversations, D draft vocabulary.
+Denominators belong to the *global* batch of an optimiser step, so that the loss does not depend on ranks, accumulation or padding.
+Legend: n_k rows alive at step k, n = their sum over the steps, b rows of a block, D draft vocabulary, m columns of the teacher.
+
+Per row, q = softmax(logits), p the teacher over the draft vocabulary, true its mass over the whole one, alpha = sum_v min(true_v, q_v):
+
+    soft cross-entropy   CE = -sum_v p_v log q_v
+    lk-alpha             -log alpha                                                  (arXiv 2602.23881)
+    lk-lambda            w CE + (1 - w) (1 - alpha), w = exp(-3 mean alpha of the optimiser step before), per step
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import DraftBatch
 from .teacher import TeacherRows
 
+LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
+BLOCK_ELEMENTS = 2**23  # logits in fp32 that exist at a time
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """-sum_v teacher_v log softmax(logits)_v per row: [n]. Both [n, D]; teacher sums to 1."""
-    return logits.logsumexp(-1) - (teacher * logits).sum(-1)
+
+@dataclass(frozen=True)
+class Objective:
+    """What an optimiser step minimises."""
+
+    loss: str  # train.loss
+    normalisation: str  # train.normalisation
+    step_decay: float
+    denominator: Tensor  # [K], of the global batch
+    mean_alpha: Tensor  # [K] mean acceptance in the optimiser step before; 0 before the first
+
+    @property
+    def needs_alpha(self) -> bool:
+        return self.loss != "soft cross-entropy"
 
 
 def denominators(batches: list[DraftBatch], normalisation: str) -> Tensor:
@@ -35,23 +56,79 @@ def row_weights(batch: DraftBatch, step: int, denominator: float, normalisation:
     return per_conversation.repeat_interleave(counts) / max(denominator, 1.0)
 
 
-def ttt_loss(
-    logits: list[Tensor], batch: DraftBatch, teacher: TeacherRows, denominator: Tensor, normalisation: str, step_decay: float
-) -> tuple[Tensor, Tensor]:
-    """The batch's share of the global loss (a scalar) and of each step's mean cross-entropy ([K], detached).
+@dataclass
+class RowTerms:
+    """The rows of all steps, one step after the other, and the loss of a block of them. Sums up what is reported as it goes."""
 
-    A row whose full-vocabulary argmax is outside the draft vocabulary carries no loss at that step, yet counts in the
-    denominator. Raises nothing: a batch without a live row has loss 0 (connected to the graph, for gradient hooks).
-    """
-    total = logits[0].sum() * 0.0
-    probabilities = teacher.logits.softmax(-1)  # [n_last, D], shared by the steps
-    per_step = []
-    for k, step_logits in enumerate(logits):
-        step = batch.steps[k]
-        wide = step_logits if step_logits.dtype == torch.float64 else step_logits.float()
-        entropy = soft_cross_entropy(wide, probabilities[step.teacher].to(wide.dtype))
-        weights = row_weights(batch, k, float(denominator[k]), normalisation).to(entropy)
-        mean = (entropy * weights * teacher.argmax_known[step.teacher]).sum()
-        total = total + step_decay**k * mean
-        per_step.append(mean.detach())
-    return total, torch.stack(per_step)
+    batch: DraftBatch
+    teacher: TeacherRows
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        steps, device = self.batch.steps, self.teacher.logits.device
+        counts = torch.tensor([len(step.rows) for step in steps])
+        objective = self.objective
+        pieces = [row_weights(self.batch, k, float(objective.denominator[k]), objective.normalisation) for k in range(len(steps))]
+        decay = objective.step_decay ** torch.arange(len(steps))
+        self.step = torch.arange(len(steps)).repeat_interleave(counts).to(device)  # [n]
+        self.weight = torch.cat(pieces).to(device)  # [n] share in the global mean of the row's step
+        self.decay = decay.repeat_interleave(counts).to(device)  # [n]
+        self.share = torch.exp(-3.0 * objective.mean_alpha.float()).repeat_interleave(counts).to(device)  # [n] w of lk-lambda
+        self.row = torch.cat([step.teacher for step in steps])  # [n] teacher row
+        self.entropy = torch.zeros(len(steps), device=device)  # [K] each step's mean cross-entropy
+        self.alpha = torch.zeros(len(steps), device=device)  # [K] each step's mean acceptance, where the loss needs it
+
+    def __call__(self, logits: Tensor, start: int) -> Tensor:
+        """The part in the loss (a scalar) of rows start .. start + b. logits [b, D], fp32 or wider."""
+        rows = slice(start, start + len(logits))
+        teacher, weight, step = self.row[rows], self.weight[rows].to(logits), self.step[rows]
+        known = weight * self.teacher.argmax_known[teacher]  # an argmax outside the draft vocabulary: no loss, yet it counts
+        columns, normaliser = self.teacher.columns(logits, teacher), logits.logsumexp(-1)  # [b, m], [b]
+        entropy = normaliser - (self.teacher.inside[teacher].to(logits.dtype) * columns).sum(-1)  # [b]
+        self.entropy.index_add_(0, step, (known * entropy).detach().to(self.entropy))
+        if not self.objective.needs_alpha:
+            return (known * self.decay[rows] * entropy).sum()
+        q = (columns - normaliser[:, None]).exp()
+        alpha = torch.minimum(self.teacher.true[teacher].to(logits.dtype), q).sum(-1)  # [b]
+        self.alpha.index_add_(0, step, (weight * alpha).detach().to(self.alpha))
+        if self.objective.loss == "lk-alpha":
+            losses = -alpha.clamp(min=LEAST_ALPHA).log()
+        else:
+            share = self.share[rows].to(logits)
+            losses = share * entropy + (1 - share) * (1 - alpha)
+        return (known * self.decay[rows] * losses).sum()
+
+
+class _BlockedHead(torch.autograd.Function):
+    """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: logits live one block at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, terms: RowTerms) -> Tensor:  # noqa: ANN001
+        wide = x.dtype if x.dtype == torch.float64 else torch.float32
+        total, dx, dw = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x), None
+        rows = max(1, BLOCK_ELEMENTS // len(weight))
+        for start in range(0, len(x), rows):
+            block = x[start : start + rows]
+            with torch.enable_grad():
+                logits = (block @ weight.T).to(wide).requires_grad_()
+                loss = terms(logits, start)
+                (gradient,) = torch.autograd.grad(loss, logits)
+            total += loss.detach()
+            gradient = gradient.to(x.dtype)
+            dx[start : start + rows] = gradient @ weight
+            piece = gradient.T @ block
+            dw = piece if dw is None else dw + piece
+        ctx.save_for_backward(dx, torch.zeros_like(weight) if dw is None else dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
+        dx, dw = ctx.saved_tensors
+        return dx * scale.to(dx.dtype), dw * scale.to(dw.dtype), None
+
+
+class VocabularyHead(nn.Linear):
+    """lm_head: logits, or with `terms` the loss of its rows in blocks (here, because ZeRO-3 gathers the weight for this call only)."""
+
+    def forward(self, x: Tensor, terms: RowTerms | None = None) -> Tensor:
+        return super().forward(x) if terms is None else _BlockedHead.apply(x, self.weight, terms)

@@ -74,7 +74,7 @@ class HeldOut:
     reached: np.ndarray | None = None  # [K] rows alive at step k whose chain held before it
     hit: np.ndarray | None = None  # [K] those that hit at step k
     alive: np.ndarray | None = None  # [K] rows alive at step k
-    acceptance: np.ndarray | None = None  # [K] sum of alpha = sum_v min(p, q)
+    acceptance: np.ndarray | None = None  # [K] sum of alpha = sum_v min(p, q), over the columns of the teacher
     divergence: np.ndarray | None = None  # [K] sum of KL(p || q) over the draft vocabulary
 
     @classmethod

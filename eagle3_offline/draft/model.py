@@ -1,6 +1,7 @@
 """The EAGLE-3 draft head. State-dict names are the interface to SGLang (arXiv 2503.01840; SGLang models/llama_eagle3.py).
 
-Legend: n rows, H hidden size, A = n_aux * H, D draft vocabulary, h heads, kv key/value heads, d head dim.
+Legend: n rows, H hidden size, A width of what fc reads (n_aux * H, or the rank of a projection), D draft vocabulary, h heads,
+kv key/value heads, d head dim.
 
 The head works on flat rows (no padding). Embeddings come from outside, so that the frozen table is no part of the
 optimiser or the checkpoints, and the rotary tables stay in fp32 whatever dtype the module is cast to.
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from .batch import DraftBatch
+from .loss import RowTerms, VocabularyHead
 from .settings import DraftSettings
 
 
@@ -22,6 +25,31 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """y = x / rms(x) * weight with its gradient by hand: half the passes over memory of the composed operation."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+        inverse = (square / x.shape[-1] + eps).rsqrt()  # [n, 1]
+        normed = x * inverse  # [n, H] in the wide dtype
+        ctx.save_for_backward(normed, inverse, weight)
+        return (normed * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
+        normed, inverse, weight = ctx.saved_tensors
+        along = dy * normed  # [n, H]
+        dweight = along.flatten(0, -2).sum(0)
+        mean = (along @ weight.to(along.dtype) / normed.shape[-1])[..., None]  # [n, 1]
+        dx = (dy * weight).to(normed.dtype).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return dx.to(dy.dtype), dweight.to(weight.dtype), None
 
 
 class Rotary:
@@ -89,9 +117,9 @@ class Layer(nn.Module):
         self.mlp = MLP(settings)
         self._rotary = Rotary(settings)
 
-    def mix(self, embedding: Tensor, g: Tensor) -> Tensor:
-        """[n, 2H]: normed embedding FIRST, then the normed feature or recurrent state."""
-        return torch.cat((self.input_layernorm(embedding), self.hidden_norm(g)), dim=-1)
+    def mix(self, normed: Tensor, g: Tensor) -> Tensor:
+        """[n, 2H]: embeddings that input_layernorm has normed FIRST, then the normed feature or recurrent state."""
+        return torch.cat((normed, self.hidden_norm(g)), dim=-1)
 
     def query(self, u: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries [n, h, d] of mixed rows u [n, 2H]."""
@@ -115,24 +143,47 @@ class DraftHead(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
         self.settings = settings
+        if settings.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(settings.hidden_size, settings.rms_norm_eps) for _ in settings.layers)
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
         self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
-        self.lm_head = nn.Linear(settings.hidden_size, settings.draft_vocab_size, bias=False)
+        self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
-    def logits(self, g: Tensor) -> Tensor:
-        """Logits over the draft vocabulary [n, D] of recurrent states g [n, H]."""
-        return self.lm_head(self.norm(g))
+    def features(self, aux: Tensor) -> Tensor:
+        """g [n, H] of captured states (or their projection) [n, A], before the first step."""
+        return self.fc(self.normed(aux))
 
-    def forward(self, batch, embed: Tensor, steps: int) -> list[Tensor]:  # noqa: ANN001
-        """The training unroll (draft/unroll.py); through forward() because ZeRO-3 gathers parameters there."""
-        from .unroll import unroll
+    def normed(self, aux: Tensor) -> Tensor:
+        """What fc reads of captured states [n, A]."""
+        if not self.settings.fc_norm:
+            return aux
+        chunks = aux.split(self.settings.hidden_size, dim=-1)
+        return torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
 
-        return unroll(self, batch, embed, steps)
+    def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a step's state [n, H] what lm_head reads, and the g that recurs."""
+        normed = self.norm(state)
+        return normed, normed if self.settings.norm_output else state
+
+    def forward(self, batch: DraftBatch, embed: Tensor, terms: RowTerms) -> tuple[Tensor, Tensor, Tensor]:
+        """The training unroll's loss (a scalar), and per step its mean cross-entropy and acceptance [K], detached."""
+        from .unroll import unrolled_states
+
+        states = torch.cat(unrolled_states(self, batch, embed, len(batch.steps)))
+        loss = self.lm_head(states, terms)
+        return loss, terms.entropy, terms.alpha
 
 
-def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, norm: Tensor | None = None) -> DraftHead:
-    """A head with seeded random weights (normal, 0.02); lm_head [D, H] and norm [H] from the target where given."""
+def new_head(
+    settings: DraftSettings,
+    seed: int,
+    *,
+    lm_head: Tensor | None = None,
+    norm: Tensor | None = None,
+    fc_norm: Tensor | None = None,
+) -> DraftHead:
+    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H] and fc_norm [A] where given."""
     head = DraftHead(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -143,4 +194,7 @@ def new_head(settings: DraftSettings, seed: int, lm_head: Tensor | None = None, 
             head.lm_head.weight.copy_(lm_head)
         if norm is not None:
             head.norm.weight.copy_(norm)
+        if fc_norm is not None:
+            for module, weight in zip(head.fc_norm, fc_norm.split(settings.hidden_size), strict=True):
+                module.weight.copy_(weight)
     return head

@@ -18,35 +18,35 @@ class ChainDrafter:
         settings = head.settings
         empty = torch.zeros(0, settings.num_key_value_heads, settings.head_dim, dtype=head.fc.weight.dtype, device=embed.device)
         self.keys, self.values = empty, empty
-        self._state: Tensor | None = None  # [1, H] recurrent state of the newest row
+        self._newest: tuple[Tensor, Tensor] | None = None  # [1, H] what lm_head reads of the newest row, and its recurrent state
 
     @torch.no_grad()
     def extend(self, aux: Tensor, tokens: Tensor) -> None:
         """Take in true features: row p pairs aux[p] [m, A] of verified tokens with the tokens [m] that follow them."""
         layer = self.head.midlayer
         positions = torch.arange(len(self.keys), len(self.keys) + len(aux), device=aux.device)
-        g = self.head.fc(aux.to(self.head.fc.weight.dtype))
-        u = layer.mix(self.embed[tokens], g)
+        g = self.head.features(aux.to(self.head.fc.weight.dtype))
+        u = layer.mix(layer.input_layernorm(self.embed[tokens]), g)
         key, value = layer.key_value(u, positions)
         self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
         attended = attend(layer.query(u[-1:], positions[-1:]), positions[-1:], self.keys, self.values, [], [])
-        self._state = layer.finish(g[-1:], attended)
+        self._newest = self.head.outputs(layer.finish(g[-1:], attended))
 
     @torch.no_grad()
     def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
         """Logits [D] of `length` drafted positions after the newest row. `follow`: tokens to read instead of the own drafts."""
         layer, row = self.head.midlayer, len(self.keys) - 1
-        g, own_keys, own_values, logits = self._state, [], [], []
+        (state, g), own_keys, own_values, logits = self._newest, [], [], []
         for step in range(length):
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
-                u = layer.mix(self.embed[token][None], g)
+                u = layer.mix(layer.input_layernorm(self.embed[token][None]), g)
                 position = torch.tensor([row + step], device=g.device)
                 key, value = layer.key_value(u, position)
                 own_keys, own_values = [*own_keys, key], [*own_values, value]
                 attended = attend(layer.query(u, position), position - step, self.keys, self.values, own_keys, own_values)
-                g = layer.finish(g, attended)
-            logits.append(self.head.logits(g)[0])
+                state, g = self.head.outputs(layer.finish(g, attended))
+            logits.append(self.head.lm_head(state)[0])
         return logits
 
     def draft(self, length: int) -> list[int]:

@@ -1,30 +1,85 @@
-"""The target's distribution at stored last states: softmax(W h). Legend: n rows, V target and D draft vocabulary."""
+"""The target's distribution: softmax(W h) of stored last states, or the top logits of a compact dump.
+
+Legend: n rows, V target and D draft vocabulary, k logits kept of a compact teacher, m columns of a teacher: D or k.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
 
 BLOCK = 16384  # rows of W per block: [n, V] in fp32 never exists
-CACHED_CONVERSATIONS = 50_000  # one byte a supervised token
+CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
+BFLOAT16_ERROR = 2**-8  # relative, of a rounded bfloat16 result: twice its bound
+OUTSIDE = -1e30  # logit of a kept token that the draft cannot propose: no mass, yet finite
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the target thinks at each row of DraftBatch.last."""
+    """What the target thinks at each of a batch's teacher rows."""
 
-    logits: Tensor  # [n, D] fp32, z over the draft vocabulary
+    logits: Tensor  # [n, m] fp32
+    ids: Tensor | None  # [n, k] draft id of each column, of a compact teacher; None: column i is draft id i
     argmax_known: Tensor  # [n] bool: the whole vocabulary's argmax is in the draft vocabulary
+    log_normaliser: Tensor | None  # [n] log-sum-exp over the whole vocabulary, where it was asked for
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """[n, m] the target's distribution over the draft's tokens (of a compact teacher: the kept ones), summing to 1; 0 without any."""
+        shares = self.logits.softmax(-1)
+        return shares if self.ids is None else shares * (self.logits > OUTSIDE / 2).any(-1, keepdim=True)
+
+    @cached_property
+    def true(self) -> Tensor:
+        """[n, m] the target's true mass on each column's token."""
+        return (self.logits - self.log_normaliser[:, None]).exp()
+
+    def columns(self, draft: Tensor, rows: Tensor) -> Tensor:
+        """[n_k, m] of a draft's values [n_k, D]: those of this teacher's columns, at the teacher rows `rows` [n_k]."""
+        return draft if self.ids is None else draft.gather(1, self.ids[rows])
 
 
-class Teacher:
-    """The target's head and its slice over the draft vocabulary. Whole-vocabulary argmaxes are kept for later epochs."""
+class Teacher(Protocol):
+    """Gives the teacher rows of a batch."""
+
+    def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
+        """`whole`: with the log-sum-exp over the whole vocabulary, which true masses need."""
+
+
+def teacher_of(lm_head: Tensor, target_ids: Tensor, top_k: int | None) -> Teacher:
+    """The teacher for a dump: a compact one keeps top_k logits, a full one (None) last states. lm_head [V, H]; target_ids [D] int64."""
+    return FullTeacher(lm_head, target_ids) if top_k is None else CompactTeacher(len(lm_head), target_ids.to(lm_head.device))
+
+
+def teacher_name(top_k: int | None) -> str:
+    """What a report says of its teacher."""
+    return "last states" if top_k is None else f"top {top_k} logits: alpha is a lower bound, kl is over the kept tokens"
+
+
+class CompactTeacher:
+    """Kept logits inside the draft vocabulary. True masses are exact for them and unknown for the rest: alpha is a lower bound."""
+
+    def __init__(self, vocab_size: int, target_ids: Tensor):
+        self.draft_ids = torch.full((vocab_size,), -1, dtype=torch.int64, device=target_ids.device)  # [V]
+        self.draft_ids[target_ids] = torch.arange(len(target_ids), device=target_ids.device)
+
+    def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
+        ids = self.draft_ids[batch.top.ids]  # [n, k]
+        logits = torch.where(ids >= 0, batch.top.log_probs, OUTSIDE)
+        return TeacherRows(logits, ids.clamp(min=0), ids[:, 0] >= 0, torch.zeros(len(ids), device=ids.device))
+
+
+class FullTeacher:
+    """The target's head and its slice over the draft vocabulary. What concerns the whole vocabulary is kept for later epochs."""
 
     def __init__(self, lm_head: Tensor, target_ids: Tensor):
         """lm_head [V, H]; target_ids [D] int64."""
@@ -32,12 +87,31 @@ class Teacher:
         self.sliced = self.weight[target_ids]
         self.known = torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device)
         self.known[target_ids] = True
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self.outside = lm_head[~self.known] if _quick(lm_head) else None  # [V - D, H] bfloat16
+        self._known_of: OrderedDict[str, Tensor] = OrderedDict()
+        self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, batch: DraftBatch) -> TeacherRows:
-        pieces = zip(batch.ids, batch.last.split(batch.last_counts), strict=True)
-        known = torch.cat([self._argmax_known(name, last) for name, last in pieces])
-        return TeacherRows(batch.last.float() @ self.sliced.T, known)
+    def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
+        logits = batch.last.float() @ self.sliced.T  # [n, D]
+        pieces = list(zip(batch.ids, *(x.split(batch.teacher_counts) for x in (batch.last, logits)), strict=True))
+        known = [_kept(self._known_of, name, lambda last=last, z=z: self.argmax_known(last, z)) for name, last, z in pieces]
+        total = [_kept(self._normaliser_of, name, lambda last=last: self.log_normaliser(last)) for name, last, _ in pieces] if whole else []
+        return TeacherRows(logits, None, torch.cat(known), torch.cat(total) if whole else None)
+
+    def argmax_known(self, last: Tensor, logits: Tensor) -> Tensor:
+        """[n] bool: whether the whole vocabulary's argmax is a draft token. logits [n, D] of the draft's tokens.
+
+        The other tokens' logits are made in bfloat16, a third of the time: products of bfloat16 states are exact, so that only the
+        result is rounded; rows whose two maxima are too near for that are done again in fp32.
+        """
+        if self.outside is None or last.dtype != torch.bfloat16 or not len(self.outside):
+            return self.known[argmax(last, self.weight)]
+        inside = logits.max(-1).values
+        outside = torch.stack([z.max(-1).values for _, z in _blocks(last, self.outside)]).max(0).values.float()
+        known = inside > outside
+        near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
+        known[near] = self.known[argmax(last[near], self.weight)]
+        return known
 
     def log_normaliser(self, last: Tensor) -> Tensor:
         """Log-sum-exp [n] over the whole vocabulary: exp(z - it) is the target's true mass on a token."""
@@ -46,13 +120,19 @@ class Teacher:
             total = torch.logaddexp(total, z.logsumexp(-1))
         return total
 
-    def _argmax_known(self, name: str, last: Tensor) -> Tensor:
-        """[n] bool of one conversation."""
-        if name not in self._cache:
-            self._cache[name] = self.known[argmax(last, self.weight)]
-            if len(self._cache) > CACHED_CONVERSATIONS:
-                self._cache.popitem(last=False)
-        return self._cache[name]
+
+def _quick(lm_head: Tensor) -> bool:
+    """Whether bfloat16 products are faster here."""
+    return lm_head.dtype == torch.bfloat16 and (lm_head.is_cuda or cpu_multiplies_bfloat16())
+
+
+def _kept(cache: OrderedDict[str, Tensor], name: str, make) -> Tensor:  # noqa: ANN001
+    """The cached value of a conversation, made where it is missing."""
+    if name not in cache:
+        cache[name] = make()
+        if len(cache) > CACHED_CONVERSATIONS:
+            cache.popitem(last=False)
+    return cache[name]
 
 
 def argmax(last: Tensor, weight: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def _walk(engine: TransformersEngine, decoded: list[Decoded], trained: TrainedDr
         for d in decoded:
             ids = np.array(d.prompt + d.plain, np.int32)
             states: States = engine.prefill([ids])[0]
-            yield Sample(d.id, ids, ((len(d.prompt), len(ids)),), states.side_by_side(), states.last, np.arange(len(ids)))
+            yield Sample(d.id, ids, ((len(d.prompt), len(ids)),), trained.project(states.side_by_side()), states.last, np.arange(len(ids)))
 
     embed = engine.model.get_input_embeddings().weight.detach()
     result = measure(

@@ -6,7 +6,7 @@ from ..config import EvaluateConfig
 from ..draft.batch import to_torch
 from ..draft.held_out import measure
 from ..draft.measures import WalkCount
-from ..draft.teacher import Teacher
+from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, load_trained
 from ..progress import StageProgress
 from ..records import Summary, UserError
@@ -28,20 +28,22 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
     path = folder / "held_out.json"
     if path.is_file() and (known := read_json(path))["key"] == key:
         return known["summary"]
+    top_k = dump.spec.compact.top_k if dump.spec.compact else None
     target = {name: to_torch(array) for name, array in dump.target_tensors().items()}
     with StageProgress("evaluate", len(rows)) as progress:
 
         def samples():  # noqa: ANN202
             for i in rows:
-                yield dump.sample(int(i))
+                yield dump.sample(int(i), trained.head.settings.layers)
                 progress.advance(1, int(dump.lengths[i]))
 
         result = measure(
             trained.head, samples(), embed=target["embed_tokens.weight"].float(), target_ids=trained.target_ids, chain=config.chain,
-            aux_scale=trained.aux_scale, teacher=Teacher(target["lm_head.weight"], trained.target_ids),
+            aux_scale=trained.aux_scale, teacher=teacher_of(target["lm_head.weight"], trained.target_ids, top_k),
         )  # fmt: skip
     summary = {
         **result.summary(),
+        "teacher": teacher_name(top_k),
         "chain": config.chain,
         "coverage": trained.vocabulary.coverage,
         "ngram_tau": ngram_walk(dump, [(dump.input_ids(int(i)), dump.turns(int(i))) for i in rows], config).tau,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -75,11 +76,10 @@ def _alive(pid: int) -> bool:
 def _newest(folder: Path) -> float:
     """When anything in a folder changed last; its writer may rename it meanwhile."""
     times = []
-    for path in (folder, *folder.rglob("*")):
-        try:
-            times.append(path.lstat().st_mtime)
-        except FileNotFoundError:
-            continue
+    for parent, _, names in os.walk(folder):  # which bears folders that vanish
+        for path in (Path(parent), *(Path(parent, name) for name in names)):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(path.lstat().st_mtime)
     return max(times, default=time.time())
 
 

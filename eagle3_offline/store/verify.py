@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..records import UserError
-from .files import damage, problem, size_problem
-from .format import PART_JSON, OtherVersion
+from .files import damage, problem, read_checked, size_problem
+from .format import PART_JSON, DumpSpec, OtherVersion
 from .part import data_folder, read_part_json
 from .places import Place, place
 from .reader import read_manifest
@@ -24,7 +27,9 @@ def verify(dump: Place | Path | str, quick: bool = False) -> list[str]:
         manifest = read_manifest(dump)
     except (UserError, OSError) as error:
         return [str(error)]
-    problems = _file_problems(dump, manifest["files"], {name: (dump / name).size() for name in manifest["files"]}, quick)
+    files = manifest["files"]
+    found = [_file_problem(dump, name, record, {name: (dump / name).size()}, quick) for name, record in files.items()]
+    problems = [text for text in found if text is not None]
     for entry in manifest["parts"]:
         problems += part_problems(dump / "parts" / entry["name"], entry["part_json"], quick)
     return problems
@@ -38,7 +43,8 @@ def part_problems(folder: Place, record: Mapping[str, Any] | None = None, quick:
         sizes = data.sizes()
     except (UserError, OSError) as error:
         return [str(error)]
-    problems = [f"{text} [{_first_rows(content)}]" for text in _file_problems(data, files, sizes, quick)]
+    found = {name: _file_problem(data, name, record, sizes, quick) for name, record in files.items()}
+    problems = [f"{text} [{_text(_rows_of(data, name, content))}]" for name, text in found.items() if text is not None]
     return problems + [
         f"{data / name} is not listed in {PART_JSON}; nothing reads it: remove it" for name in unlisted_files(content, sizes)
     ]
@@ -65,14 +71,28 @@ def unlisted_files(content: Mapping[str, Any], sizes: Mapping[str, int]) -> list
     return sorted(set(sizes) - set(content["files"]) - {PART_JSON})
 
 
-def _first_rows(content: Mapping[str, Any]) -> str:
-    names = [row["id"] for row in content["rows"]]
-    return "rows " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _rows_of(data: Place, name: str, content: Mapping[str, Any]) -> list[str]:
+    """Ids of the rows whose data a file of a part holds: of a shard along the tokens those that reach into it, else all."""
+    array, _, shard = name.partition("/c.")
+    ids = [row["id"] for row in content["rows"]]
+    metadata = content["files"].get(f"{array}/zarr.json")
+    if not shard or array not in ("input_ids", "loss_mask", *DumpSpec.from_dict(content["spec"]).aux_arrays):
+        return ids
+    try:
+        described = json.loads(read_checked(data / array / "zarr.json", metadata))
+    except (UserError, OSError):
+        return ids
+    size = described["chunk_grid"]["configuration"]["chunk_shape"][0]  # tokens of a shard
+    first = int(shard.split(".")[0]) * size
+    ends = np.cumsum([row["tokens"] for row in content["rows"]])
+    low, high = np.searchsorted(ends, first, side="right"), np.searchsorted(ends, first + size, side="left")
+    return ids[low : high + 1]
 
 
-def _file_problems(folder: Place, files: Mapping[str, Any], sizes: Mapping[str, int | None], quick: bool) -> list[str]:
-    found = []
-    for name, record in files.items():
-        sizes_only = quick and not name.endswith(".json")
-        found.append(size_problem(folder / name, sizes.get(name), record) if sizes_only else problem(folder / name, record))
-    return [text for text in found if text is not None]
+def _text(ids: list[str]) -> str:
+    return "rows " + ", ".join(ids[:3]) + (f", ... ({len(ids)} rows)" if len(ids) > 3 else "")
+
+
+def _file_problem(folder: Place, name: str, record: Mapping[str, Any], sizes: Mapping[str, int | None], quick: bool) -> str | None:
+    sizes_only = quick and not name.endswith(".json")
+    return size_problem(folder / name, sizes.get(name), record) if sizes_only else problem(folder / name, record)

@@ -31,7 +31,8 @@ class Source:
     dump: Dump
     settings: DraftSettings
     vocabulary: DraftVocabulary
-    aux_scale: Tensor | None  # [n_aux * H] fp32
+    aux_scale: Tensor | None  # [n_aux * H] fp32; None also with fc_norm, and for a compact dump, whose projection has the scale in it
+    fc_norm: Tensor | None  # [n_aux * H] fp32, starting weights of its norms: the scale as it is within each layer
     embed: Tensor  # [V, H]
     norm: Tensor  # [H]
     lm_head: Tensor  # [V, H]
@@ -49,34 +50,53 @@ class Source:
 
     def held_out(self, rows: int | None) -> Iterator[Sample]:
         """The first `rows` held-out samples, all for None."""
-        return (self.dump.sample(int(i)) for i in self.eval_rows[:rows])
+        return (self.sample(i) for i in self.eval_rows[:rows])
+
+    def sample(self, row: int) -> Sample:
+        """One row with the layers that the draft reads."""
+        return self.dump.sample(int(row), self.settings.layers)
+
+    @property
+    def top_k(self) -> int | None:
+        """Logits kept of each teacher in a compact dump; None: a full dump."""
+        return self.dump.spec.compact.top_k if self.dump.spec.compact else None
 
     def new_head(self, config: TrainConfig) -> DraftHead:
         """The draft before its first step."""
-        if config.head_init == "random":
-            return new_head(self.settings, config.seed)
-        return new_head(
-            self.settings, config.seed, self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu(), self.norm.float().cpu()
-        )
+        start = {}
+        if config.head_init == "target":
+            start = {"lm_head": self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu(), "norm": self.norm.float().cpu()}
+        if self.fc_norm is not None:
+            start["fc_norm"] = self.fc_norm
+        return new_head(self.settings, config.seed, **start)
 
 
 def open_source(path: Path | str, config: TrainConfig) -> Source:
     """Open a dump for training. Raises UserError where it is missing, damaged or has no rows to train on."""
     dump = Dump.open(path)
+    layers = tuple(sorted(config.layers)) or dump.spec.layers
     if dump.spec.compact:
-        raise UserError(f"{path} is a compact dump; drafts train from full dumps only so far: use the dump that it was made from")
+        _refuse_on_compact(dump, layers, config)
+    if unknown := sorted({*layers} - {*dump.spec.layers}):
+        raise UserError(f"train.layers asks for {unknown}, {path} holds {list(dump.spec.layers)}: choose among these, or dump again")
     train_rows, eval_rows = dump.rows("train"), dump.rows("eval")
     train_rows = train_rows[dump.supervised[train_rows] > 1]  # a row with one answer token predicts nothing
     if not len(train_rows):
         raise UserError(f"{path} has no train row with at least two answer tokens: nothing to train on")
     target = dump.target_tensors()
     statistics = dump.statistics
-    settings = draft_settings(dump.target_json("config.json"), dump.spec.layers, config.draft_vocab_size)
+    settings = draft_settings(
+        dump.target_json("config.json"), layers, config.draft_vocab_size, fc_norm=config.fc_norm, norm_output=config.norm_output
+    )
+    if dump.spec.compact:
+        settings = replace(settings, rank=dump.spec.compact.rank)
+    scale = None if dump.spec.compact or not config.aux_scaling else _aux_scale(dump, statistics["rms"], layers)
     return Source(
         dump=dump,
         settings=settings,
         vocabulary=draft_vocabulary(statistics["token_counts"], settings.draft_vocab_size, end_of_turn_ids(dump)),
-        aux_scale=_aux_scale(statistics["rms"]) if config.aux_scaling else None,
+        aux_scale=None if config.fc_norm else scale,
+        fc_norm=_within_layers(scale, len(layers)) if config.fc_norm and scale is not None else None,
         embed=to_torch(target["embed_tokens.weight"]),
         norm=to_torch(target["norm.weight"]),
         lm_head=to_torch(target["lm_head.weight"]),
@@ -91,8 +111,33 @@ def end_of_turn_ids(dump: Dump) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _aux_scale(rms: np.ndarray) -> Tensor:
+def _refuse_on_compact(dump: Dump, layers: tuple[int, ...], config: TrainConfig) -> None:
+    """Raise UserError for what a projection of all layers together can't give."""
+    if layers != dump.spec.layers:
+        raise UserError(
+            f"train.layers is {list(layers)}, but {dump.where} is a compact dump: it holds a projection of layers {list(dump.spec.layers)} "
+            f"together, which can't be taken apart. Leave train.layers out, or dump again"
+        )
+    if config.fc_norm:
+        raise UserError(
+            f"train.fc_norm norms each layer before they are mixed, but {dump.where} is a compact dump: it holds them mixed. "
+            f"Leave it false, or train from a full dump"
+        )
+    if not config.aux_scaling:
+        raise UserError(f"train.aux_scaling is false, but {dump.where} is a compact dump: its projection holds the scaling. Leave it true")
+    if dump.spec.compact.top_k < 2:
+        raise UserError(f"{dump.where} keeps one logit of each teacher, that of the token that followed; training needs 2 or more")
+
+
+def _aux_scale(dump: Dump, rms: np.ndarray, layers: tuple[int, ...]) -> Tensor:
+    """[n_aux * H] of the layers that the draft reads; rms is of all captured channels."""
+    rms = np.concatenate([dict(zip(dump.spec.layers, np.split(rms, len(dump.spec.layers)), strict=True))[layer] for layer in layers])
     return torch.from_numpy(1.0 / np.maximum(rms, 1e-6)).float()
+
+
+def _within_layers(scale: Tensor, layers: int) -> Tensor:
+    """The scale of channels that a norm of their layer has brought to a root mean square of 1 together."""
+    return torch.cat([piece * piece.pow(-2).mean().sqrt() for piece in scale.split(len(scale) // layers)])
 
 
 def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first_step: int) -> Iterator[list[DraftBatch]]:
@@ -128,4 +173,4 @@ def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first
 
 
 def _batch(source: Source, rows: np.ndarray, config: TrainConfig) -> DraftBatch:
-    return collate([source.dump.sample(int(i)) for i in rows], config.ttt_length, source.aux_scale)
+    return collate([source.sample(i) for i in rows], config.ttt_length, source.aux_scale)

@@ -49,6 +49,15 @@ def all_sum(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return values.cpu()
 
 
+def all_list(values: list, ranks: Ranks) -> list:
+    """The values of all ranks, one rank after the other."""
+    if ranks.world == 1:
+        return values
+    found: list = [None] * ranks.world
+    torch.distributed.all_gather_object(found, values)
+    return [value for part in found for value in part]
+
+
 def native_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 natively."""
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_multiplies_bfloat16()

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import Recipe, TrainConfig, packaged
-from ..draft.batch import DraftBatch
+from ..config import Recipe
 from ..draft.held_out import measure
-from ..draft.loss import denominators, ttt_loss
 from ..draft.model import DraftHead
-from ..draft.teacher import Teacher
+from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, is_trained, save_trained
 from ..progress import StageProgress
-from ..records import Stopped, Summary, UserError
-from ..runs import Run, StopSignal, read_json, write_json
+from ..records import CheckFailed, Stopped, Summary
+from ..runs import Run, StopSignal, read_json
+from ..store.target_files import BASIS, carried
 from . import checkpoints
 from .data import Source, open_source, read_ahead
-from .distributed import Ranks, all_sum, native_bfloat16, start
+from .distributed import all_sum, start
+from .engine import build, deepspeed_json, uses_bfloat16, zero_stage
 from .metrics import Metrics
+from .order import epochs_done
+from .ridge import start_fc
+from .step import Carried, Training, one_step
 
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """All that one step needs."""
-
-    config: TrainConfig
-    source: Source
-    engine: Any  # deepspeed.DeepSpeedEngine
-    teacher: Teacher
-    ranks: Ranks
+MOST_SKIPPED = 3  # steps in a row that may be skipped because their loss or gradient is not finite
+NO_SETTING = (  # of the weights: what may differ when a training goes on
+    "eval_every",
+    "eval_rows",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_epochs",
+    "dist_timeout",
+    "dtype",
+    "deepspeed",
+)
 
 
 def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
@@ -49,11 +51,18 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
     source = source.to(ranks.device)
-    teacher = Teacher(source.lm_head, source.target_ids.to(ranks.device))
-    training = Training(config, source, _engine(config, source, ranks), teacher, ranks)
-    summary = _steps(training, folder, stop)
+    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
+    saved = checkpoints.newest(folder / "checkpoints", ranks, zero_stage(config))
+    head = source.new_head(config)
+    if config.fc_init == "ridge" and not saved.step:
+        start_fc(source, head)
+    engine = build(config, head, ranks, saved.universal)
+    training = Training(config, source, engine, teacher, ranks, Carried(torch.zeros(config.ttt_length)))
+    training.carried.load(checkpoints.load(engine, saved))
+    steps = _steps(training, folder, saved.step, stop)
+    summary = _summary(training, folder, steps)
     if ranks.rank == 0:
-        _publish(folder, source, summary)
+        _publish(training, folder, summary)
     torch.distributed.barrier()
     return summary
 
@@ -61,126 +70,73 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
 def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     """What a draft's weights depend on."""
     config = recipe.train
-    left_out = ("eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "dist_timeout", "dtype", "deepspeed")
-    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
-    resolved = {"bfloat16": _bfloat16(config), "deepspeed": _deepspeed_json(config)}  # what `auto` and a file's name stand for here
+    chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTING}
+    resolved = {"bfloat16": uses_bfloat16(config), "deepspeed": deepspeed_json(config)}  # what `auto` and a file's name stand for here
     return {**chosen, **resolved, "dump": source.dump.manifest["digest"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Set-up
-
-
-def _engine(config: TrainConfig, source: Source, ranks: Ranks) -> Any:
-    import deepspeed
-
-    head = source.new_head(config)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    engine, *_ = deepspeed.initialize(
-        model=head,
-        optimizer=optimizer,
-        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lambda step: rate(step, config)),
-        config=_deepspeed_config(config, ranks.world),
-    )
-    return engine
-
-
-def rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step (from 0) as a share of its peak: linear warm-up, then cosine or linear down to final_ratio."""
-    warmup = max(1, round(config.warmup_ratio * config.total_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, config.total_steps - 1 - warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    return config.final_ratio + (1 - config.final_ratio) * fall
-
-
-def _bfloat16(config: TrainConfig) -> bool:
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
-
-
-def _deepspeed_json(config: TrainConfig) -> dict[str, Any]:
-    path = Path(config.deepspeed) if config.deepspeed.endswith(".json") else packaged("configs") / f"deepspeed_{config.deepspeed}.json"
-    if not path.is_file():
-        raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
-    value = json.loads(path.read_text(encoding="utf-8"))
-    stage = value.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(f"{path} asks for ZeRO stage {stage}; expected 1, 2 or 3: the fp32 weights are read from ZeRO's checkpoints")
-    return value
-
-
-def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
-    if config.batch_size % (world * config.micro_batch_size):
-        raise UserError(
-            f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}"
-        )
-    return {
-        **_deepspeed_json(config),
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": _bfloat16(config)},
-        "steps_per_print": 2**62,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
 
-def _steps(training: Training, folder: Path, stop: StopSignal) -> Summary:
-    config, ranks = training.config, training.ranks
-    first = checkpoints.resume(training.engine, folder / "checkpoints")
+def _steps(training: Training, folder: Path, first: int, stop: StopSignal) -> int:
+    """Train from step `first` on; the number of steps that are done when the training is over."""
+    config, ranks, carried = training.config, training.ranks, training.carried
     metrics = Metrics(folder, first) if ranks.rank == 0 else None
-    seconds = _read_seconds(folder, first)
     batches = read_ahead(training.source, config, ranks.rank, ranks.world, first)
+    done = first
     if first == 0:
         _evaluate(training, 0, metrics)  # the untrained draft
     with StageProgress("train", config.total_steps - first, "steps") as progress:
-        for step in range(first, config.total_steps):
+        while done < config.total_steps and not carried.stalled(config.early_stop):
             started = time.monotonic()
             micro = next(batches)
             waited = time.monotonic() - started
-            values = _one_step(training, micro)
-            done = step + 1
+            values, skipped = one_step(training, micro)
+            done += 1
             took = time.monotonic() - started
-            seconds += took
+            carried.seconds += took
             tokens = int(all_sum(torch.tensor(sum(len(batch.tokens) for batch in micro)), ranks))
             if metrics:
                 metrics.step({"step": done, **values, "tokens": tokens, "seconds": round(took, 4), "data_wait": round(waited / took, 4)})
+                if skipped:
+                    metrics.skipped({"step": done, **skipped})
             progress.advance(1, tokens, f"loss {values['loss']:.3f}, data wait {waited / took:.0%}")
-            stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
-            last = done == config.total_steps
-            if last or (config.eval_every and done % config.eval_every == 0):
+            if done == config.total_steps or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(training, done, metrics)
-            if last or stopping or done % config.checkpoint_every == 0:
-                _write_seconds(folder, done, seconds, ranks)
-                checkpoints.save(training.engine, folder / "checkpoints", done, config.keep_checkpoints, ranks)
-            if stopping and not last:
-                raise Stopped(
-                    f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on"
-                )
-    return {"draft": config.draft, "steps": config.total_steps, "train_seconds": round(seconds, 1), **_last_evaluation(folder)}
+            _after(training, folder, done, stop)
+    return done
 
 
-def _one_step(training: Training, micro: list[DraftBatch]) -> dict[str, float]:
-    """One optimiser step over the global batch. Returns the loss, each unroll step's cross-entropy, the rate and the gradient norm."""
-    config, engine, ranks = training.config, training.engine, training.ranks
-    denominator = all_sum(denominators(micro, config.normalisation), ranks)
-    learning_rate = engine.get_lr()[0]  # of this step; step() sets the next one's
-    parts = torch.zeros(1 + config.ttt_length, dtype=torch.float64)
-    for batch in (batch.to(ranks.device) for batch in micro):
-        logits = engine(batch, training.source.embed, config.ttt_length)
-        loss, per_step = ttt_loss(logits, batch, training.teacher(batch), denominator, config.normalisation, config.step_decay)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {float(loss)} on the rows {', '.join(batch.ids)}; nothing was saved since the last checkpoint")
-        engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
-        engine.step()
-        parts += torch.cat((loss.detach()[None], per_step)).double().cpu()
-    loss_value, *entropies = all_sum(parts, ranks).tolist()
-    values = {"loss": loss_value, **{f"ce_{k}": value for k, value in enumerate(entropies)}}
-    return {**values, "learning_rate": learning_rate, "gradient_norm": float(engine.get_global_grad_norm())}
+def _after(training: Training, folder: Path, done: int, stop: StopSignal) -> None:
+    """The checkpoint of a step where there is a reason for one. Raises where a signal or too many skipped steps end the training."""
+    config, ranks, carried = training.config, training.ranks, training.carried
+    stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
+    failing = carried.skipped_in_a_row > MOST_SKIPPED
+    over = done == config.total_steps or carried.stalled(config.early_stop)
+    pins = _pins(training, done)
+    if over or stopping or failing or pins or done % config.checkpoint_every == 0:
+        kept = checkpoints.Kept(config.keep_checkpoints, pins)
+        checkpoints.save(training.engine, folder / "checkpoints", done, carried.state(), kept, ranks, zero_stage(config))
+    if failing:
+        raise CheckFailed(
+            f"the loss or its gradient was not finite in {MOST_SKIPPED + 1} steps in a row, up to step {done}: {folder}/skipped.jsonl "
+            f"names their rows, a checkpoint is written. Look at these rows (`store verify`), or train with a lower train.learning_rate"
+        )
+    if stopping and not over:
+        raise Stopped(f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on")
+
+
+def _pins(training: Training, done: int) -> list[str]:
+    """Names under which a step's checkpoint is kept for good: the best so far, the end of an epoch."""
+    config, taus = training.config, training.carried.taus
+    pins = []
+    if config.publish == "best" and taus and taus[-1][0] == done and training.carried.best == done:
+        pins.append("best")
+    epoch = epochs_done(done, config.batch_size, len(training.source.train_rows))
+    if config.keep_epochs and epoch > epochs_done(done - 1, config.batch_size, len(training.source.train_rows)):
+        pins.append(f"epoch-{epoch}")
+    return pins
 
 
 def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
@@ -192,33 +148,36 @@ def _evaluate(training: Training, step: int, metrics: Metrics | None) -> None:
         training.engine.module, source.held_out(config.eval_rows), embed=source.embed, target_ids=source.target_ids,
         chain=config.ttt_length, aux_scale=source.aux_scale, teacher=training.teacher,
     )  # fmt: skip
+    if step and result.walk.tau is not None:
+        training.carried.taus.append((step, result.walk.tau))
     if metrics:
-        metrics.evaluation({"step": step, **result.summary()})
+        metrics.evaluation({"step": step, **result.summary(), "teacher": teacher_name(source.top_k)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def _publish(folder: Path, source: Source, summary: Summary) -> None:
-    weights = checkpoints.fp32_weights(folder / "checkpoints", summary["steps"])
-    about = {"dump": source.dump.manifest["digest"], "target": source.dump.spec.target, "summary": summary}
-    save_trained(folder, weights, TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about))
+def _summary(training: Training, folder: Path, steps: int) -> Summary:
+    config, carried = training.config, training.carried
+    found = {"draft": config.draft, "steps": steps, "train_seconds": round(carried.seconds, 1)}
+    if carried.taus:
+        published = carried.best if config.publish == "best" else carried.taus[-1][0]
+        found |= {"tau": dict(carried.taus)[published]}
+        if config.publish == "best":
+            found["best_step"] = published
+    return found
 
 
-def _last_evaluation(folder: Path) -> dict[str, Any]:
-    path = folder / "held_out.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {"tau": json.loads(lines[-1])["tau"]} if lines else {}
-
-
-def _read_seconds(folder: Path, step: int) -> float:
-    """Seconds of training behind a checkpoint, over all resumes."""
-    path = folder / "checkpoints" / "seconds.json"
-    return read_json(path).get(str(step), 0.0) if step and path.is_file() else 0.0
-
-
-def _write_seconds(folder: Path, step: int, seconds: float, ranks: Ranks) -> None:
-    if ranks.rank == 0:
-        path = folder / "checkpoints" / "seconds.json"
-        write_json(path, {**(read_json(path) if path.is_file() else {}), str(step): seconds})
+def _publish(training: Training, folder: Path, summary: Summary) -> None:
+    source, config = training.source, training.config
+    weights = checkpoints.fp32_weights(folder / "checkpoints", summary.get("best_step", summary["steps"]), zero_stage(config))
+    about = {
+        "dump": source.dump.manifest["digest"],
+        "target": source.dump.spec.target,
+        "train": dataclasses.asdict(config),
+        "summary": summary,
+    }
+    basis = (source.dump.target / BASIS).read() if source.dump.spec.compact else None
+    draft = TrainedDraft(DraftHead(source.settings), source.vocabulary, source.aux_scale, about, basis)
+    save_trained(folder, weights, draft, carried(source.dump.where))

@@ -1,4 +1,4 @@
-"""metrics.csv (one line a step) and held_out.jsonl (one line an evaluation) of a draft; both continue exactly after a resume."""
+"""metrics.csv (a line a step), held_out.jsonl (a line an evaluation) and skipped.jsonl of a draft; all continue exactly after a resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class Metrics:
     """Appends lines; what lies beyond the step that training resumes from is dropped, since it is computed again."""
 
     def __init__(self, folder: Path, resumed_step: int):
-        self.steps, self.held_out = folder / "metrics.csv", folder / "held_out.jsonl"
+        self.steps, self.held_out, self.skips = folder / "metrics.csv", folder / "held_out.jsonl", folder / "skipped.jsonl"
         if self.steps.is_file() and self.steps.stat().st_size == 0:
             self.steps.unlink()  # a kill before the first line
         if self.steps.is_file():
             header, *lines = self.steps.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.steps, "".join([header, *lines[:resumed_step]]))
-        continue_jsonl(self.held_out, lambda value: 0 < resumed_step >= value["step"])
+        for path in (self.held_out, self.skips):
+            continue_jsonl(path, lambda value: 0 < resumed_step >= value["step"])
 
     def step(self, values: dict[str, Any]) -> None:
         new = not self.steps.is_file()
@@ -31,6 +32,9 @@ class Metrics:
 
     def evaluation(self, values: dict[str, Any]) -> None:
         append_jsonl(self.held_out, values)
+
+    def skipped(self, values: dict[str, Any]) -> None:
+        append_jsonl(self.skips, values)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

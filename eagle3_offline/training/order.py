@@ -14,6 +14,11 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
+def epochs_done(steps: int, batch_size: int, rows: int) -> int:
+    """Whole epochs behind so many steps."""
+    return steps * batch_size // rows
+
+
 def step_rows(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
     """Row numbers of a step's global batch: [batch_size]."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)

@@ -12,13 +12,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from eagle3_offline.config import load_recipe
 from eagle3_offline.draft.export import read_export
 from eagle3_offline.draft.trained import load_trained
 from eagle3_offline.runs import EXIT_STOPPED, Run
-from eagle3_offline.training.loop import rate
+from eagle3_offline.training.engine import rate
 from eagle3_offline.training.metrics import read_metrics
 
 from ..small_runs import Cli, own_environment, write_recipe
@@ -201,6 +202,88 @@ def test_the_export_has_the_exact_keys_and_the_scale_is_folded(trained, tmp_path
     aux = torch.randn(5, draft.head.settings.aux_width) * 10
     assert draft.aux_scale is not None and not torch.allclose(draft.aux_scale, torch.ones_like(draft.aux_scale))
     assert torch.allclose(head.fc(aux), draft.head.fc(aux * draft.aux_scale), atol=1e-4)
+
+
+@pytest.fixture
+def exportable(trained, tmp_path) -> Cli:
+    """A copy of the trained run, to export in."""
+    shutil.copytree(trained.run, tmp_path / "exportable")
+    return Cli(trained.recipe, tmp_path / "exportable")
+
+
+@pytest.mark.parametrize("to", ["sglang", "vllm", "hf"])
+def test_each_engine_gets_its_own_names_and_layer_numbers(exportable, to):
+    assert exportable.stage("export", "--to", to)["to"] == to
+    folder = Run(exportable.run).draft("draft") / "export"
+    config = json.loads((folder / "config.json").read_text())
+    nested = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
+    boundaries = config.get("eagle_aux_hidden_state_layer_ids")
+    assert (nested, boundaries) == {"sglang": ([1, 3, 4], None), "vllm": (None, [2, 4, 5]), "hf": ([1, 3, 4], [2, 4, 5])}[to]
+    layer = "layers.0." if to == "vllm" else "midlayer."
+    assert set(load_file(folder / "model.safetensors")) == {name.replace("midlayer.", layer) for name in EXPORTED_KEYS}
+    assert exportable.stage("export", "--check")["problems"] == 0
+
+
+def test_the_model_card_says_what_it_was_made_with_and_what_was_measured(exportable):
+    exportable.stage("evaluate", "--set", "evaluate.decode_rows=0")
+    exportable.stage("export", "--to", "hf")
+    folder = Run(exportable.run).draft("draft")
+    card = (folder / "export" / "README.md").read_text()
+    about = json.loads((folder / "draft.json").read_text())
+    tau = json.loads((folder / "held_out.json").read_text())["summary"]["tau"]
+    for text in (about["dump"], f"{tau:.3f}", "[2, 4, 5]", "total_steps: 12", "vllm serve", "sglang.launch_server"):
+        assert text in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == about["target"]["model"]
+
+
+def changed(folder, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}}, "layers is (3, 5, 6), expected (2, 4, 5)"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is"),
+        ({"norm_output": True}, "norm_output is True, expected False"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001"),
+        ({"eagle3_offline": {"dump": "other"}}, "it was trained on the dump other"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_the_check_finds_a_wrong_config(exportable, values, problem):
+    exportable.stage("export")
+    changed(Run(exportable.run).draft("draft") / "export", **values)
+    assert problem in exportable.stage("export", "--check", exit_code=2)
+
+
+def test_the_check_finds_wrong_weights(exportable):
+    exportable.stage("export", "--set", "export.dtype=bfloat16")
+    exportable.stage("export", "--check")  # rounding is allowed for
+    path = Run(exportable.run).draft("draft") / "export" / "model.safetensors"
+    tensors = load_file(path)
+    low, middle, high = tensors["fc.weight"].chunk(3, dim=1)
+    save_file({**tensors, "fc.weight": torch.cat((high, middle, low), dim=1)}, path)
+    assert "its logits differ from the trainer's" in exportable.stage("export", "--check", exit_code=2)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "norm.weight"}, path)
+    assert "norm.weight" in exportable.stage("export", "--check", exit_code=2)
+
+
+def test_eagle_3_1_trains_exports_and_decodes(copied):
+    """A norm of each layer before fc, and the normed state recurs: in the exported keys and flags, and in what is decoded."""
+    options = ("--set", "train.fc_norm=true", "--set", "train.norm_output=true")
+    copied.stage("train", *options)
+    copied.stage("export", *options)
+    folder = Run(copied.run).draft("draft")
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["fc_norm"] is True and config["norm_output"] is True
+    norms = {f"fc_norm.{i}.weight" for i in range(3)}
+    assert set(load_file(folder / "export" / "model.safetensors")) == EXPORTED_KEYS | norms
+    decoded = copied.stage("evaluate", *options)["decoded"]
+    assert decoded["identical"] == decoded["answers"]
+    assert decoded["walk_tau"] == pytest.approx(decoded["tau"], abs=0.01)
 
 
 def test_a_damaged_dump_is_refused_by_training(copied):

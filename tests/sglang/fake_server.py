@@ -81,7 +81,8 @@ class FakeServer:
                 elif what == "text only":
                     self.reply(200, json.dumps({"text": "abc", "meta_info": meta}))
                 else:
-                    assert what == "good"
+                    assert what in ("good", "slow")
+                    time.sleep(0.3 if what == "slow" else 0)
                     self.reply(200, json.dumps(good))
 
             def reply(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:

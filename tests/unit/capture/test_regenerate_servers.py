@@ -115,7 +115,7 @@ def test_finished_rows_of_an_interrupted_unit_are_kept(prepared, random_target):
 
 def test_as_many_requests_as_allowed_are_in_flight(prepared, random_target):
     cli = prepared(rows(16), concurrency=6, timeout=20.0)
-    with FakeServer(str(random_target), lambda _, attempt: "429" if attempt == 0 else "good") as server:
+    with FakeServer(str(random_target), lambda _, attempt: "429" if attempt == 0 else "slow") as server:
         cli.stage("regenerate", "--server", server.address)
     assert 2 <= server.most_together <= 6
 

@@ -1,9 +1,13 @@
 """Drafting step by step with a key/value cache, as a server does, gives the training unroll's logits."""
 
+import dataclasses
+
 import numpy as np
+import pytest
 import torch
 
 from eagle3_offline.draft.batch import collate
+from eagle3_offline.draft.model import new_head
 from eagle3_offline.draft.serving import ChainDrafter
 from eagle3_offline.draft.shift import serving_rows
 from eagle3_offline.draft.unroll import unroll
@@ -14,8 +18,9 @@ from .conftest import TURNS
 K = 3
 
 
-def test_cached_drafting_equals_the_unroll(head, sample, embed, target_ids):
-    head = head.float()
+@pytest.mark.parametrize("flags", [{}, {"fc_norm": True, "norm_output": True}])
+def test_cached_drafting_equals_the_unroll(settings, head, sample, embed, target_ids, flags):
+    head = new_head(dataclasses.replace(settings, **flags), seed=5) if flags else head.float()
     embed = embed.float()
     batch = collate([sample], K)
     trained = unroll(head, batch, embed, K)

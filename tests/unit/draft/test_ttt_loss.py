@@ -1,19 +1,23 @@
 """The unroll and its loss against an independent plain loop: per root row, the chain is rebuilt from nothing. float64."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft.batch import collate
-from eagle3_offline.draft.loss import denominators, ttt_loss
-from eagle3_offline.draft.teacher import Teacher, TeacherRows, argmax
+from eagle3_offline.draft.loss import Objective, RowTerms, denominators
+from eagle3_offline.draft.model import new_head
+from eagle3_offline.draft.teacher import FullTeacher, TeacherRows, argmax
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import turn_of_token
 
 from .conftest import TURNS, make_sample
 
 K, DECAY = 4, 0.8
+MEAN_ALPHA = [0.4, 0.3, 0.2, 0.1]  # of the optimiser step before, per step
 
 
 # -- the plain loop: no code of the project below this line but the weights' names
@@ -34,7 +38,8 @@ def plain_rotate(x, position, theta):
 
 
 class PlainDraft:
-    def __init__(self, weights, heads, kv_heads, head_dim, eps=1e-5, theta=10000.0):
+    def __init__(self, weights, heads, kv_heads, head_dim, eps=1e-5, theta=10000.0, fc_norm=False, norm_output=False):
+        self.fc_norm, self.norm_output = fc_norm, norm_output
         self.w, self.heads, self.kv_heads, self.head_dim, self.eps, self.theta = weights, heads, kv_heads, head_dim, eps, theta
 
     def mixed(self, embedding, g):
@@ -62,12 +67,15 @@ class PlainDraft:
         gate, up = w["midlayer.mlp.gate_proj.weight"] @ x, w["midlayer.mlp.up_proj.weight"] @ x
         return h + w["midlayer.mlp.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
 
-    def logits(self, g):
-        return self.w["lm_head.weight"] @ plain_norm(g, self.w["norm.weight"], self.eps)
+    def feature(self, aux):
+        if self.fc_norm:
+            chunks = aux.reshape(3, -1)
+            aux = torch.cat([plain_norm(chunk, self.w[f"fc_norm.{i}.weight"], self.eps) for i, chunk in enumerate(chunks)])
+        return self.w["fc.weight"] @ aux
 
     def chain(self, p, x, aux, embed, length):
         """Logits of root row p at steps 0 .. length-1, true tokens read."""
-        features = [self.w["fc.weight"] @ a for a in aux]
+        features = [self.feature(a) for a in aux]
         pairs = [self.key_value(self.mixed(embed[x[j + 1]], features[j]), j) for j in range(p + 1)]
         g, out = features[p], []
         for k in range(length):
@@ -75,12 +83,28 @@ class PlainDraft:
             if k:
                 pairs.append(self.key_value(u, p + k))
             g = self.layer(u, g, p + k, pairs)
-            out.append(self.logits(g))
+            normed = plain_norm(g, self.w["norm.weight"], self.eps)
+            out.append(self.w["lm_head.weight"] @ normed)
+            g = normed if self.norm_output else g
         return out
 
 
-def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
-    """Sum over steps of DECAY**k times the mean cross-entropy, as the paper writes it."""
+def plain_row_loss(z, logits, target_ids, loss, mean_alpha):
+    """One row's loss as the papers write it: soft cross-entropy (EAGLE-3), -log alpha and the adaptive mixture (LK losses)."""
+    teacher, q = torch.softmax(z[target_ids], 0), torch.softmax(logits, 0)
+    entropy = -(teacher * torch.log(q)).sum()
+    if loss == "soft cross-entropy":
+        return entropy
+    true = torch.softmax(z, 0)  # over the whole vocabulary
+    alpha = sum(min(true[int(token)], q[i]) for i, token in enumerate(target_ids))
+    if loss == "lk-alpha":
+        return -torch.log(alpha)
+    w = math.exp(-3 * mean_alpha)
+    return w * entropy + (1 - w) * (1 - alpha)
+
+
+def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation, loss):
+    """Sum over steps of DECAY**k times the mean loss of the rows that are alive."""
     inside = set(target_ids.tolist())
     terms = {}  # (step, conversation) -> cross-entropies
     for number, s in enumerate(samples):
@@ -93,10 +117,9 @@ def plain_loss(draft, samples, embed, lm_head, target_ids, normalisation):
                 continue
             for k, logits in zip(alive, draft.chain(p, x, aux, embed, len(alive)), strict=True):
                 z = lm_head @ last[p + 1 + k]
-                teacher = torch.softmax(z[target_ids], 0)
-                entropy = -(teacher * torch.log_softmax(logits, 0)).sum()
+                value = plain_row_loss(z, logits, target_ids, loss, MEAN_ALPHA[k])
                 kept = int(z.argmax()) in inside
-                terms.setdefault((k, number), []).append(entropy if kept else entropy * 0)
+                terms.setdefault((k, number), []).append(value if kept else value * 0)
     total = torch.zeros((), dtype=torch.float64)
     for k in range(K):
         rows = [values for (step, _), values in terms.items() if step == k]
@@ -117,26 +140,48 @@ def turn_by_hand(sample):
 # -- the comparison
 
 
-def module_loss(head, samples, embed, lm_head, target_ids, normalisation):
+def module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss):
     batch = collate(samples, K)
+    z = batch.last @ lm_head.T
     known = torch.isin(argmax(batch.last, lm_head), target_ids)
-    teacher = TeacherRows(batch.last @ lm_head[target_ids].T, known)
-    logits = unroll(head, batch, embed, K)
-    return ttt_loss(logits, batch, teacher, denominators([batch], normalisation), normalisation, DECAY)[0]
+    teacher = TeacherRows(z[:, target_ids], None, known, z.logsumexp(-1))
+    objective = Objective(loss, normalisation, DECAY, denominators([batch], normalisation), torch.tensor(MEAN_ALPHA))
+    return head(batch, embed, RowTerms(batch, teacher, objective))[0]
 
 
+@pytest.mark.parametrize("block_rows", [3, 10**6])
 @pytest.mark.parametrize("normalisation", ["sequence", "token"])
-def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, normalisation):
+@pytest.mark.parametrize("loss", ["soft cross-entropy", "lk-alpha", "lk-lambda"])
+def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, loss, normalisation, block_rows, monkeypatch):
+    monkeypatch.setattr(draft_loss, "BLOCK_ELEMENTS", block_rows * len(target_ids))
     samples = [sample, make_sample("second", 10, ((4, 9),), seed=8), make_sample("no live row", 5, ((3, 4),), seed=9)]
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
-    plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation)
-    loss = module_loss(head, samples, embed, lm_head, target_ids, normalisation)
-    assert loss.item() == pytest.approx(plain.item(), abs=1e-6)  # the rotary tables are fp32
+    plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation, loss)
+    ours = module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss)
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-6)  # the rotary tables are fp32
     plain.backward()
-    loss.backward()
+    (3.0 * ours).backward()  # the accumulation multiplies it
+    for name, parameter in head.named_parameters():
+        assert torch.allclose(parameter.grad / 3.0, weights[name].grad, atol=1e-6, rtol=0), name
+        assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+
+
+@pytest.mark.parametrize("flags", [{"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
+def test_eagle_3_1_equals_the_plain_loop(settings, sample, embed, lm_head, target_ids, flags):
+    torch.manual_seed(0)
+    head = new_head(dataclasses.replace(settings, **flags), seed=1).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
+    assert ("fc_norm.2.weight" in weights) == flags.get("fc_norm", False)
+    plain = plain_loss(PlainDraft(weights, 4, 2, 8, **flags), [sample], embed, lm_head, target_ids, "token", "soft cross-entropy")
+    ours = module_loss(head, [sample], embed, lm_head, target_ids, "token", "soft cross-entropy")
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-6)
+    plain.backward()
+    ours.backward()
     for name, parameter in head.named_parameters():
         assert torch.allclose(parameter.grad, weights[name].grad, atol=1e-6, rtol=0), name
-        assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
 
 
 def test_some_teachers_are_outside_the_draft_vocabulary(sample, lm_head, target_ids):
@@ -156,8 +201,6 @@ def test_batching_changes_nothing(head, sample, embed):
 
 def test_the_future_is_not_seen(head, sample, embed):
     """Changing what comes after a row's chain changes none of its logits."""
-    import dataclasses
-
     changed = sample.input_ids.copy()
     changed[7:] = (changed[7:] + 1) % 40
     aux = sample.aux.copy()
@@ -174,7 +217,7 @@ def test_streamed_teacher_equals_the_plain_one(lm_head, target_ids, sample, monk
     monkeypatch.setattr(teacher, "BLOCK", 7)
     batch = collate([sample], K)
     last = batch.last.float()
-    plain = Teacher(lm_head, target_ids)
+    plain = FullTeacher(lm_head, target_ids)
     rows = plain(batch)
     z = last @ lm_head.float().T
     assert torch.allclose(plain.log_normaliser(batch.last), z.logsumexp(-1), atol=1e-5)

@@ -66,6 +66,23 @@ def test_damage_to_any_file_is_found(dump, damage):
         (dump / name).write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["h02", "h15", "input_ids"])
+def test_verify_names_the_rows_that_a_damaged_shard_concerns(dump, name):
+    """The very rows that the reader then refuses, and no others of the part."""
+    for shard in sorted((dump / "parts" / "unit-00000" / name).glob("c.*")):
+        data = shard.read_bytes()
+        shard.write_bytes(bytes(len(data)))
+        opened, refused = Dump.open(dump), []
+        for i in range(len(opened)):
+            try:
+                opened.sample(i)
+            except UserError:
+                refused.append(opened.ids(i))
+        (text,) = verify(dump)
+        assert refused and text.endswith(f"[rows {', '.join(refused)}]")
+        shard.write_bytes(data)
+
+
 def test_white_space_in_the_manifest(dump):
     """JSON that means the same is damage all the same: nothing else vouches for `dump.json`."""
     manifest = dump / "dump.json"

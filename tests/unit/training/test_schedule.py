@@ -1,7 +1,7 @@
 import pytest
 
 from eagle3_offline.config import TrainConfig
-from eagle3_offline.training.loop import rate
+from eagle3_offline.training.engine import rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -1,0 +1,79 @@
+"""The DeepSpeed engine of a training, from the recipe and a DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig, packaged
+from ..draft.model import DraftHead
+from ..records import UserError
+from .distributed import Ranks, native_bfloat16
+
+
+def build(config: TrainConfig, head: DraftHead, ranks: Ranks, universal: bool) -> Any:
+    """The engine around a head; `universal`: it will load a checkpoint that other ranks wrote."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=head,
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lambda step: rate(step, config)),
+        config={**engine_config(config, ranks.world), "checkpoint": {"load_universal": universal}},
+    )
+    return engine
+
+
+def rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step (from 0) as a share of its peak: linear warm-up, then cosine or linear down to final_ratio."""
+    warmup = max(1, round(config.warmup_ratio * config.total_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.total_steps - 1 - warmup))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.final_ratio + (1 - config.final_ratio) * fall
+
+
+def uses_bfloat16(config: TrainConfig) -> bool:
+    """What train.dtype stands for on this machine."""
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and native_bfloat16())
+
+
+def zero_stage(config: TrainConfig) -> int:
+    """Stage of ZeRO in the DeepSpeed JSON."""
+    return deepspeed_json(config).get("zero_optimization", {}).get("stage", 0)
+
+
+def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
+    """The content of the DeepSpeed JSON that the recipe names."""
+    path = Path(config.deepspeed) if config.deepspeed.endswith(".json") else packaged("configs") / f"deepspeed_{config.deepspeed}.json"
+    if not path.is_file():
+        raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
+    value = json.loads(path.read_text(encoding="utf-8"))
+    stage = value.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path} asks for ZeRO stage {stage}; expected 0, 1, 2 or 3")
+    if stage == 0 and uses_bfloat16(config):
+        raise UserError(f"{path} asks for ZeRO stage 0, which has no fp32 masters for bfloat16: use stage 1, or train.dtype float32")
+    return value
+
+
+def engine_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    """What DeepSpeed is given."""
+    if config.batch_size % (world * config.micro_batch_size):
+        raise UserError(
+            f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}"
+        )
+    return {
+        **deepspeed_json(config),
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": uses_bfloat16(config)},
+        "steps_per_print": 2**62,
+    }

@@ -1,0 +1,119 @@
+"""ZeRO stages, ranks and checkpoints: the same losses whatever the stage and the number of ranks, and a resume on another number."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eagle3_offline.runs import Run
+from eagle3_offline.training.metrics import read_metrics
+
+from ..small_runs import Cli
+
+
+@pytest.fixture
+def copied(dumped, tmp_path) -> Cli:
+    shutil.copytree(dumped.run, tmp_path / "run")
+    return Cli(dumped.recipe, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(dumped, tmp_path_factory) -> Cli:
+    """An uninterrupted training of 8 steps at ZeRO-1 on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(dumped.run, folder / "run")
+    cli = Cli(dumped.recipe, folder / "run")
+    cli.stage("train", *options(1))
+    return cli
+
+
+def options(stage: int, *more: str) -> list[str]:
+    settings = (f"train.deepspeed=zero{stage}", "train.total_steps=8", "train.eval_every=4", *more)
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def losses(cli: Cli) -> list[float]:
+    return [line["loss"] for line in read_metrics(Run(cli.run).draft("draft") / "metrics.csv")]
+
+
+def weights(cli: Cli) -> dict[str, torch.Tensor]:
+    return load_file(Run(cli.run).draft("draft") / "weights.safetensors")
+
+
+def assert_same(cli: Cli, other: Cli) -> None:
+    assert losses(cli) == pytest.approx(losses(other), rel=1e-5)
+    ours, theirs = weights(cli), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=2e-5), name
+
+
+def on_ranks(cli: Cli, world: int, *words: str, exit_code: int = 0) -> list[str]:
+    """A stage on several ranks; one: in this process."""
+    if world == 1:
+        return [str(cli.stage(*words, exit_code=exit_code))]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = [cli.start(*words, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(world)]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [exit_code] * world, outputs
+    return outputs
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_stage_on_one_rank(whole, copied, stage):
+    copied.stage("train", *options(stage))
+    assert_same(copied, whole)
+
+
+def halfway(cli: Cli) -> None:
+    """As if the training had been killed behind its checkpoint at step 4."""
+    folder = Run(cli.run).draft("draft")
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    (folder / "draft.json").unlink()
+
+
+@pytest.mark.parametrize("stage, first, second", [(0, 2, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (3, 1, 2), (3, 2, 1)])
+def test_a_training_goes_on_with_another_number_of_ranks(whole, copied, stage, first, second):
+    """Its first steps on `first` ranks, the others on `second`: all as on one rank at ZeRO-1."""
+    on_ranks(copied, first, "train", *options(stage))
+    halfway(copied)
+    on_ranks(copied, second, "train", *options(stage))
+    assert_same(copied, whole)
+
+
+def test_another_stage_is_refused(copied):
+    copied.stage("train", *options(2))
+    halfway(copied)
+    assert "deepspeed" in copied.stage("train", *options(1), exit_code=2)
+
+
+def test_stage_0_with_bfloat16_is_refused(copied):
+    message = copied.stage("train", *options(0, "train.dtype=bfloat16"), exit_code=2)
+    assert "no fp32 masters" in message
+
+
+def test_the_best_and_every_epochs_checkpoint_are_kept(copied):
+    """24 rows, 4 a step: an epoch is 6 steps."""
+    more = ("train.publish=best", "train.keep_epochs=true", "train.eval_every=2", "train.keep_checkpoints=1", "train.total_steps=14")
+    summary = copied.stage("train", *options(1, *more))
+    folder = Run(copied.run).draft("draft")
+    taus = {line["step"]: line["tau"] for line in map(json.loads, (folder / "held_out.jsonl").read_text().splitlines()) if line["step"]}
+    assert summary["tau"] == max(taus.values()) == taus[summary["best_step"]]
+    steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
+    assert steps == {6, 12, 14, summary["best_step"]}
+    assert json.loads((folder / "checkpoints" / "pinned.json").read_text()) == {"best": summary["best_step"], "epoch-1": 6, "epoch-2": 12}
+
+
+def test_early_stop_ends_at_the_same_step_after_a_resume(copied):
+    """A rate of nearly nothing: no evaluation is better than the first."""
+    more = ("train.early_stop=2", "train.eval_every=2", "train.total_steps=40", "train.learning_rate=1e-12")
+    summary = copied.stage("train", *options(1, *more))
+    assert summary["steps"] == 6  # evaluated at 2, 4, 6: two without a better tau
+    (Run(copied.run).draft("draft") / "draft.json").unlink()
+    assert copied.stage("train", *options(1, *more))["steps"] == 6
