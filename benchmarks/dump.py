@@ -24,7 +24,8 @@ from eagle3_offline.capture.dump import token_batches
 from eagle3_offline.config import TargetConfig
 from eagle3_offline.pipeline import target_folder
 from eagle3_offline.records import CapturedRow, TokenRow
-from eagle3_offline.store.format import DumpSpec
+from eagle3_offline.store.background import BackgroundPart
+from eagle3_offline.store.format import DumpSpec, last_positions
 from eagle3_offline.store.writer import PartWriter
 from eagle3_offline.target.engine import Engine, States, capture_layers
 from eagle3_offline.target.folder import text_config
@@ -55,15 +56,21 @@ def per_sample(folder: Path, _spec: DumpSpec) -> tuple[Callable[[TokenRow, State
 
 
 def store(folder: Path, spec: DumpSpec) -> tuple[Callable[[TokenRow, States], None], Callable[[], None]]:
-    """The store's part, sealed at the end."""
-    part = PartWriter(folder, 0, "train", spec)
-    part.__enter__()
+    """The store's part, written beside the engine and sealed at the end, as `dump-hidden` does."""
+    part = PartWriter(folder, 0, "train", spec, scratch=folder / "sending")
+    background = BackgroundPart(part)
+    background.__enter__()
+
+    def add(row: TokenRow, states: States) -> None:
+        background.add(CapturedRow(row, states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))]))
 
     def close() -> None:
+        rejects = background.finish()
+        assert not rejects, rejects
         part.seal()
-        part.__exit__(None, None, None)
+        background.__exit__(None, None, None)
 
-    return lambda row, states: part.add(CapturedRow(row, states.aux, states.last)), close
+    return add, close
 
 
 def timed(engine: Engine, batches: list[list[TokenRow]], sink: Callable, spec: DumpSpec) -> tuple[float, int]:
@@ -94,7 +101,8 @@ def main(target: str, engine_name: str, dtype: str, rows: int, tokens: int, batc
     shape = text_config(folder)
     layers = capture_layers([], shape["num_hidden_layers"])
     spec = DumpSpec(
-        layers=layers, hidden_size=shape["hidden_size"], vocab_size=shape["vocab_size"], dtype=dtype, codec="lossless",
+        layers=layers, hidden_size=shape["hidden_size"], vocab_size=shape["vocab_size"], dtype=dtype,
+        codec="lossless", last_codec="lossless", compact=None,
         target={}, engine={"name": engine_name}, max_length=tokens, conversation={},
     )  # fmt: skip
     batches = list(token_batches(make_rows(rows, tokens, shape["vocab_size"]), batch_tokens))

@@ -29,6 +29,7 @@ from .compact import TOKENS_PER_CHANNEL, Moments, Reduction
 from .target import OpenTarget
 
 STAGE = "dump-hidden"
+BROKEN = 2  # units in a row during which an engine failed: the next one would fail as well
 BASIS_MARGIN = 1.2  # tokens that a basis is fitted on, as a multiple of what it needs: outlier tokens do not count
 
 Keep = Callable[[TokenRow, States], CapturedRow]
@@ -101,10 +102,11 @@ def _dump_units(
 ) -> dict[int, EngineFailed]:
     """Dump them one by one; the units during which the engine failed, with the reason. The next unit gets a new engine.
 
-    An engine that does not even start, or fails twice in a row, is broken for good.
+    An engine that does not even start, or fails for BROKEN units in a row, is broken for good.
     """
     failed: dict[int, EngineFailed] = {}
     engine: Engine | None = None
+    in_a_row = 0
     try:
         for unit in units:
             engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
@@ -113,9 +115,11 @@ def _dump_units(
             except EngineFailed as error:
                 failed[unit.unit] = error
                 engine.close()
-                engine = None
-                if unit.unit - 1 in failed:
+                engine, in_a_row = None, in_a_row + 1
+                if in_a_row == BROKEN:
                     break
+            else:
+                in_a_row = 0
     finally:
         if engine is not None:
             engine.close()

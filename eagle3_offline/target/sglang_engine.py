@@ -115,8 +115,7 @@ class SglangEngine:
         try:
             response = future.result()
         except httpx.TransportError as error:
-            self._server.process.wait(10)  # it may be about to end
-            self._server.check()
+            self._server.check(seconds=10)  # it may be about to end
             raise EngineFailed(f"SGLang broke the connection ({error}); its log is {self._server.log}") from None
         error = self._scratch / "states" / ERROR
         if error.is_file():

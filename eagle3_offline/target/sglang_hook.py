@@ -106,7 +106,7 @@ class Capture:
             return
         try:
             work(*args)
-        except Exception as error:  # noqa: BLE001: see above
+        except Exception as error:
             self.failed = True
             self.kept.clear()
             temporary = self.folder / f".{ERROR}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -158,8 +159,11 @@ class SglangServer:
             time.sleep(0.25)
         raise EngineFailed(f"SGLang did not answer within {seconds:.0f} s of its start; its log is {self.log}\n{self.last_lines()}")
 
-    def check(self) -> None:
-        """Raise EngineFailed where the server is gone."""
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise EngineFailed where the server is gone, or goes within so many seconds."""
+        if self.process is not None and seconds:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
         if self.process is not None and self.process.poll() is not None:
             raise EngineFailed(f"SGLang ended with exit code {self.process.returncode}; its log is {self.log}\n{self.last_lines()}")
 
@@ -174,14 +178,10 @@ class SglangServer:
             return
         if grace and self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def __enter__(self) -> Self:

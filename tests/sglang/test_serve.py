@@ -14,19 +14,23 @@ from ..small_runs import Cli, conversations, write_recipe
 def test_serve_until_a_signal_comes(sglang, random_target, tmp_path):
     cli = Cli(write_recipe(tmp_path, random_target, conversations(1)), tmp_path / "run")
     port = free_port()
-    process = cli.start("serve", "--json", "--port", str(port), more=("--", "--max-running-requests", "3", "--attention-backend=intel_amx"))
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("serving"):
-            break
-    assert f"http://127.0.0.1:{port} is up" in "".join(lines), lines
-    info = httpx.get(f"http://127.0.0.1:{port}/server_info").json()
-    assert info["max_running_requests"] == 3 and info["attention_backend"] == "intel_amx" and info["host"] == "127.0.0.1"
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 3
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
+    more = ("--", "--max-running-requests", "3", "--served-model-name=mine")
+    process = cli.start("serve", "--json", "--port", str(port), more=more)
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("serving"):
+                break
+        assert f"http://127.0.0.1:{port} is up" in "".join(lines), lines
+        info = httpx.get(f"http://127.0.0.1:{port}/server_info").json()
+        assert info["max_running_requests"] == 3 and info["served_model_name"] == "mine" and info["host"] == "127.0.0.1"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 4  # the supervisor, the server, its scheduler and its detokenizer
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == 0 and json.loads(output.splitlines()[-1]) == {"stage": "serve", "servers": 1}
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
     assert (cli.run / "logs" / "server-0.log").is_file()
