@@ -1,4 +1,4 @@
-"""One sharded array on disk: the writer, and a reader with one read per shard. Legend: n entries along the first axis.
+"""One sharded array on disk: the writer, and a reader. Legend: n entries along the first axis.
 
     shard file   | chunk 0 | chunk 1 | ... | offset, size of each chunk (uint64 pairs) | crc32c of that index |
     chunk        | bytes, Blosc-compressed or not | crc32c of them |
@@ -198,19 +198,24 @@ class Shard:
         data = self.read(max(0, self._file.size - tail), tail)
         if not _crc_fits(data):
             raise UserError(f"{where}: the checksum of its index is wrong; the file is damaged: {MEND}")
-        self.index = data[:-_CRC_BYTES].view("<u8").reshape(chunks, 2)  # [chunks, 2] offset and size
+        self.index = data[:-_CRC_BYTES].copy().view("<u8").reshape(chunks, 2)  # [chunks, 2] offset and size
         present = self.index[self.index[:, 0] != _ABSENT]
         if (present.sum(1) > self._file.size - tail).any():
             raise UserError(f"{where}: its index points beyond its {self._file.size} bytes: {MEND}")
+
+    @property
+    def slow_requests(self) -> bool:
+        return self._file.slow_requests
 
     def will_need(self, offset: int, size: int) -> None:
         self._file.will_need(offset, size)
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """[size] uint8"""
-        data = np.frombuffer(self._file.read_range(offset, size), np.uint8)
-        if len(data) != size:
-            raise UserError(f"{self.where} ends at byte {offset + len(data)}, expected {size} bytes from {offset}: {MEND}")
+        """[size] uint8, in memory that this thread's next read uses again."""
+        data = scratch("file", (size,), np.dtype(np.uint8))
+        found = self._file.read_into(offset, data)
+        if found != size:
+            raise UserError(f"{self.where} ends at byte {offset + found}, expected {size} bytes from {offset}: {MEND}")
         return data
 
 
@@ -233,7 +238,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class ArrayReader:
-    """Reads ranges of one array: one read per shard, every chunk's checksum verified.
+    """Reads ranges of one array, every chunk's checksum verified.
 
     `open_shard` may be a cache around `Shard`, to keep files open and their indexes read.
     """
@@ -288,9 +293,10 @@ class ArrayReader:
         if [_ABSENT, _ABSENT] in entries:
             raise UserError(f"{opened.where}: a chunk among {first} to {last} was never written; the file is damaged: {MEND}")
         origin = min(offset for offset, _ in entries)
-        data = opened.read(origin, max(offset + size for offset, size in entries) - origin)
+        data = opened.read(origin, max(offset + size for offset, size in entries) - origin) if opened.slow_requests else None
         for chunk, (offset, size) in enumerate(entries, start=first):
-            body = data[offset - origin : offset - origin + size]
+            # Of a local file chunk by chunk: what is read stays in the processor's cache until it is decoded, and the disk fetches the next
+            body = opened.read(offset, size) if data is None else data[offset - origin : offset - origin + size]
             if not _crc_fits(body):
                 raise UserError(f"{opened.where}: the checksum of chunk {chunk} is wrong; the file is damaged: {MEND}")
             begin, end = max(low, chunk * rows), min(high, (chunk + 1) * rows)

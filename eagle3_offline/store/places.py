@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..records import UserError
 from ..runs import atomic_path, fsync_path
 
@@ -25,8 +27,12 @@ class File(Protocol):
     """A file opened for reading ranges; closed with its last reference."""
 
     size: int
+    slow_requests: bool  # whether one large read is better than several small ones
 
     def read_range(self, offset: int, size: int) -> bytes | memoryview: ...
+
+    def read_into(self, offset: int, out: np.ndarray) -> int:
+        """Fill out [n] uint8 from there on; the number of bytes that there were."""
 
     def will_need(self, offset: int, size: int) -> None:
         """A range that will be read soon: where it can be fetched meanwhile, it is."""
@@ -141,6 +147,8 @@ class LocalPlace:
 class LocalFile:
     """A descriptor for reads at given offsets, shared by threads and by forked processes."""
 
+    slow_requests = False
+
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
@@ -151,6 +159,9 @@ class LocalFile:
 
     def read_range(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
+
+    def read_into(self, offset: int, out: np.ndarray) -> int:
+        return os.preadv(self._descriptor, [out], offset)
 
     def will_need(self, offset: int, size: int) -> None:
         os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
@@ -248,12 +259,19 @@ class ObjectPlace:
 
 
 class ObjectFile:
+    slow_requests = True
+
     def __init__(self, where: ObjectPlace, size: int):
         self._where = where
         self.size = size
 
     def read_range(self, offset: int, size: int) -> memoryview:
         return self._where.read_range(offset, size)
+
+    def read_into(self, offset: int, out: np.ndarray) -> int:
+        data = np.frombuffer(self.read_range(offset, len(out)), np.uint8)
+        out[: len(data)] = data
+        return len(data)
 
     def will_need(self, offset: int, size: int) -> None:
         pass
