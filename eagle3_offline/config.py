@@ -141,6 +141,15 @@ class DumpConfig:
             return self.codec
         return "lossless" if self.mode == "full" else "int8"
 
+    @property
+    def teacher_codec(self) -> str | None:
+        """The codec of the last states; None in a compact dump, which has none."""
+        return None if self.mode == "compact" else self.last_codec or self.aux_codec
+
+    def compact_rank(self, hidden_size: int) -> int:
+        """r, channels of a compact dump's projection."""
+        return max(1, round(self.rank * hidden_size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

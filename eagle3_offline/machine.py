@@ -1,7 +1,8 @@
-"""What the processor can do."""
+"""What this machine can do, and what is free on it."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 
@@ -10,3 +11,10 @@ def cpu_multiplies_bfloat16() -> bool:
     path = Path("/proc/cpuinfo")
     flags = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def free_port() -> int:
+    """A port of the loopback that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

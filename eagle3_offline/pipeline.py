@@ -105,11 +105,10 @@ def estimate_dump(
         shape = text_config(target_folder(recipe.target))
         hidden_size, vocab_size = shape["hidden_size"], shape["vocab_size"]
     config = recipe.dump
-    compact = config.mode == "compact"
+    rank = config.compact_rank(hidden_size)
     spec = DumpSpec(
         layers=tuple(range(layers)), hidden_size=hidden_size, vocab_size=vocab_size, dtype=dtype, codec=config.aux_codec,
-        last_codec=None if compact else config.last_codec or config.aux_codec,
-        compact=Compact(max(1, round(config.rank * hidden_size)), config.top_k, "") if compact else None,
+        last_codec=config.teacher_codec, compact=Compact(rank, config.top_k, "") if config.mode == "compact" else None,
         target={}, engine={}, max_length=recipe.target.max_length, conversation={},
     )  # fmt: skip
     tokens = int(rows * row_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
@@ -72,13 +71,15 @@ def dumped(random_target, tmp_path_factory):
 
 
 @pytest.fixture
+def copied(dumped, tmp_path):
+    """A copy of the dumped run, to train in."""
+    return dumped.copy(tmp_path / "run")
+
+
+@pytest.fixture
 def answered(dumped, tmp_path):
     """A copy of the run up to its answers, without a dump."""
-    from .small_runs import Cli
-
-    run = tmp_path / "answered"
-    shutil.copytree(dumped.run, run, ignore=shutil.ignore_patterns("dump", "dump-hidden.json"))
-    return Cli(dumped.recipe, run)
+    return dumped.copy(tmp_path / "answered", "dump", "dump-hidden.json")
 
 
 @pytest.fixture(scope="session")

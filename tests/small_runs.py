@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from click.testing import CliRunner
 from eagle3_offline.stages.cli import main
+from safetensors.torch import load_file
+
+from eagle3_offline.machine import free_port
+from eagle3_offline.runs import Run
+from eagle3_offline.training.metrics import read_metrics
 
 SUBJECTS = ["lists", "dicts", "sets", "tuples", "strings", "files", "loops", "errors", "types", "tests"]
 
@@ -66,6 +73,11 @@ class Cli:
     def __init__(self, recipe: Path, run: Path):
         self.recipe, self.run = recipe, run
 
+    def copy(self, run: Path, *without: str) -> Cli:
+        """The same on a copy of the run, but for files and folders of these names."""
+        shutil.copytree(self.run, run, ignore=shutil.ignore_patterns(*without))
+        return Cli(self.recipe, run)
+
     def arguments(self, *words: str) -> list[str]:
         return [*words, "--recipe", str(self.recipe), "--run", str(self.run)]
 
@@ -85,6 +97,26 @@ class Cli:
         basis = [["dump-hidden", "--fit-basis"]] if compact else []
         for words in (["prepare"], ["regenerate"], *basis, ["dump-hidden"], ["store", "seal"]):
             self.stage(*words)
+
+    def on_ranks(self, world: int, *words: str, exit_code: int = 0) -> list[str]:
+        """A stage on several ranks; one: in this process."""
+        if world == 1:
+            return [str(self.stage(*words, exit_code=exit_code))]
+        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        started = [self.start(*words, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(world)]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [exit_code] * world, outputs
+        return outputs
+
+
+def losses(cli: Cli, draft: str = "draft") -> list[float]:
+    """Of every training step."""
+    return [line["loss"] for line in read_metrics(Run(cli.run).draft(draft) / "metrics.csv")]
+
+
+def weights(cli: Cli) -> dict[str, torch.Tensor]:
+    """Of the trained draft."""
+    return load_file(Run(cli.run).draft("draft") / "weights.safetensors")
 
 
 def demo(run: Path, *more: str) -> subprocess.CompletedProcess:

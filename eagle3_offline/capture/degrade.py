@@ -17,13 +17,14 @@ from ..progress import StageProgress
 from ..records import CapturedRow, Reject, Sample, Summary, TokenRow, TooManyRejected, UserError
 from ..runs import StopSignal
 from ..store.background import BackgroundPart
-from ..store.format import EXACT_CODECS, TARGET, Compact, DumpSpec
+from ..store.format import EXACT_CODECS, Compact, DumpSpec
 from ..store.merge import planned_units
+from ..store.numeric import to_float32
 from ..store.part import read_part_json
 from ..store.places import place
 from ..store.reader import Dump
 from ..store.seal import seal, sealed
-from ..store.target_files import BASIS, carried, read_basis, read_index, write_target
+from ..store.target_files import BASIS, carried, has_target, read_basis, read_index, write_target
 from ..store.writer import PartWriter
 from .compact import Moments, Reduction
 
@@ -54,12 +55,12 @@ def degrade(source: Path | str, into: Path | str, config: DumpConfig, stop: Stop
 def _claim(dump: Dump, into: Path | str, config: DumpConfig) -> None:
     """Bind a folder to its source and settings, so that an interrupted attempt is finished with the same, and nothing else is touched."""
     wanted = {"source": dump.manifest["digest"], "mode": config.mode, "codec": config.aux_codec, "last_codec": config.last_codec}
-    wanted |= {"rank": _rank(dump, config), "top_k": config.top_k} if config.mode == "compact" else {}
+    wanted |= {"rank": config.compact_rank(dump.spec.hidden_size), "top_k": config.top_k} if config.mode == "compact" else {}
     where = place(into) / CLAIM
     try:
         found = json.loads(where.read())
     except FileNotFoundError:
-        if (place(into) / TARGET / "index.json").size() is not None:
+        if has_target(into):
             raise UserError(f"{into} holds another dump: name a new folder") from None
         where.write(json.dumps(wanted).encode())
     else:
@@ -69,21 +70,23 @@ def _claim(dump: Dump, into: Path | str, config: DumpConfig) -> None:
 
 def _prepare(dump: Dump, into: Path | str, config: DumpConfig, stop: StopSignal) -> tuple[DumpSpec, Reduction | None]:
     """Write `target/` and return the new spec, with what reduces the rows of a compact dump."""
-    last_codec = None if config.mode == "compact" else config.last_codec or config.aux_codec
     dtypes = dump.target_dtypes()
     if config.mode == "full":
         write_target(into, dump.target_tensors(), dtypes, carried(dump.where))
-        return replace(dump.spec, codec=config.aux_codec, last_codec=last_codec), None
-    if (place(into) / TARGET / "index.json").size() is None:  # an interrupted attempt's basis is used again
-        write_target(into, dump.target_tensors(), dtypes, carried(dump.where), fit_basis_of_dump(dump, _rank(dump, config), stop))
-    compact = Compact(_rank(dump, config), config.top_k, read_index(into)[BASIS]["xxh3_128"])
+        return replace(dump.spec, codec=config.aux_codec, last_codec=config.teacher_codec), None
+    rank = config.compact_rank(dump.spec.hidden_size)
+    if not has_target(into):  # an interrupted attempt's basis is used again
+        write_target(
+            into,
+            dump.target_tensors(),
+            dtypes,
+            carried(dump.where),
+            fit_basis_of_dump(dump, rank, stop),
+        )
+    compact = Compact(rank, config.top_k, read_index(into)[BASIS]["xxh3_128"])
     spec = replace(dump.spec, codec=config.aux_codec, last_codec=None, compact=compact)
     basis = read_basis(into)
     return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _rank(dump: Dump, config: DumpConfig) -> int:
-    return max(1, round(config.rank * dump.spec.hidden_size))
 
 
 def fit_basis_of_dump(dump: Dump, rank: int, stop: StopSignal) -> dict[str, np.ndarray]:
@@ -101,8 +104,7 @@ def fit_basis_of_dump(dump: Dump, rank: int, stop: StopSignal) -> dict[str, np.n
 
 
 def _float(dump: Dump, name: str) -> Tensor:
-    array = torch.from_numpy(np.array(dump.target_tensors()[name]))
-    return array.view(torch.bfloat16).float() if dump.target_dtypes()[name] == "bfloat16" else array.float()
+    return torch.from_numpy(to_float32(np.array(dump.target_tensors()[name]), dump.target_dtypes()[name]))
 
 
 def _degrade_part(

@@ -17,10 +17,10 @@ from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
 from ..store.estimate import estimate
-from ..store.format import TARGET, Compact, DumpSpec, last_positions
-from ..store.numeric import all_finite
-from ..store.places import is_remote, place
-from ..store.target_files import BASIS, read_basis, read_index, read_target, write_target
+from ..store.format import Compact, DumpSpec, last_positions
+from ..store.numeric import all_finite, to_float32
+from ..store.places import is_remote
+from ..store.target_files import BASIS, has_target, read_basis, read_index, read_target, write_target
 from ..store.writer import PartWriter
 from ..target.engine import Engine, States
 from ..target.folder import carried_files, head_tensors, text_config
@@ -45,8 +45,8 @@ def dump_spec(run: Run, recipe: Recipe, target: OpenTarget, engine: dict[str, st
         vocab_size=shape["vocab_size"],
         dtype=target.dtype,
         codec=config.aux_codec,
-        last_codec=None if compact else config.last_codec or config.aux_codec,
-        compact=Compact(basis_rank(recipe, target), config.top_k, _basis_digest(run)) if compact else None,
+        last_codec=config.teacher_codec,
+        compact=Compact(config.compact_rank(shape["hidden_size"]), config.top_k, _basis_digest(run)) if compact else None,
         target=target.fingerprint,
         engine=engine,
         max_length=target.context,
@@ -62,13 +62,8 @@ def _regenerate_settings(run: Run) -> dict | None:
         return None
 
 
-def basis_rank(recipe: Recipe, target: OpenTarget) -> int:
-    """r of a compact dump."""
-    return max(1, round(recipe.dump.rank * text_config(target.folder)["hidden_size"]))
-
-
 def _basis_digest(run: Run) -> str:
-    index = read_index(run.dump) if (place(run.dump) / TARGET / "index.json").size() is not None else {}
+    index = read_index(run.dump) if has_target(run.dump) else {}
     if BASIS not in index:
         raise UserError(
             f"{run.dump} has no basis yet, which every unit of a compact dump is projected with: run `dump-hidden --fit-basis` once, "
@@ -106,12 +101,13 @@ def _dump_units(
     """
     failed: dict[int, EngineFailed] = {}
     engine: Engine | None = None
+    keep = _keep(run, spec)
     in_a_row = 0
     try:
         for unit in units:
             engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
             try:
-                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
+                _dump_unit(run, unit, engine, keep, spec, recipe, stop, progress)
             except EngineFailed as error:
                 failed[unit.unit] = error
                 engine.close()
@@ -127,7 +123,7 @@ def _dump_units(
 
 
 def _write_target(run: Run, target: OpenTarget, basis: dict | None = None) -> None:
-    if (place(run.dump) / TARGET / "index.json").size() is not None and basis is None:
+    if basis is None and has_target(run.dump):
         return  # opened targets are proven to be the run's own
     tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
     write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder), basis)
@@ -163,8 +159,7 @@ def _keep(run: Run, spec: DumpSpec) -> Keep:
 
     if spec.compact is None:
         return full
-    head = torch.from_numpy(read_target(run.dump)["lm_head.weight"].copy())
-    head = head.view(torch.bfloat16).float() if spec.dtype == "bfloat16" else head.float()
+    head = torch.from_numpy(to_float32(read_target(run.dump)["lm_head.weight"].copy(), spec.dtype))
     reduction = Reduction(spec, read_basis(run.dump), head, "cuda" if torch.cuda.is_available() else "cpu")
 
     def compact(row: TokenRow, states: States) -> CapturedRow:
@@ -174,7 +169,9 @@ def _keep(run: Run, spec: DumpSpec) -> Keep:
     return compact
 
 
-def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
+def _dump_unit(
+    run: Run, unit: Unit, engine: Engine, keep: Keep, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress
+) -> None:
     rows = read_token_rows(run.tokens(unit.unit))
     limit = min(spec.max_length, engine.longest_row or spec.max_length)
     rejects = [
@@ -182,7 +179,6 @@ def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Rec
     ]
     too_long = {reject.id for reject in rejects}
     rows = sorted((row for row in rows if row.id not in too_long), key=lambda row: len(row.input_ids))
-    keep = _keep(run, spec)
     part = PartWriter(run.dump, unit.unit, unit.split, spec, scratch=run.folder / "sending", threads=recipe.dump.writer_threads)
     with BackgroundPart(part) as background:
         for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
@@ -226,7 +222,7 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
     """Fit the basis once, on rows of all train units, and write it with the rest of `dump/target/`."""
     if recipe.dump.mode != "compact":
         raise UserError("a basis is for compact dumps only: set dump.mode=compact, or leave --fit-basis out")
-    if (place(run.dump) / TARGET / "index.json").size() is not None:
+    if has_target(run.dump):
         return _fitted(run, recipe, target)  # once is enough
     shape = text_config(target.folder)
     channels = len(target.layers) * shape["hidden_size"]
@@ -243,7 +239,7 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
                 if all_finite(aux, target.dtype) and all_finite(last, target.dtype):  # else `dump-hidden` rejects the row
                     moments.add(row, aux, last, norm, target.dtype)
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
-    _write_target(run, target, moments.basis(basis_rank(recipe, target)))
+    _write_target(run, target, moments.basis(recipe.dump.compact_rank(shape["hidden_size"])))
     return {**_fitted(run, recipe, target), "tokens": moments.tokens}
 
 
@@ -251,7 +247,7 @@ def _fitted(run: Run, recipe: Recipe, target: OpenTarget) -> Summary:
     """The basis that is there; UserError where it is none, or of another rank."""
     if BASIS not in read_index(run.dump):
         raise UserError(f"{run.dump} was begun as a full dump: remove it, or use another run folder for the compact one")
-    rank, wanted = read_basis(run.dump)["components"].shape[1], basis_rank(recipe, target)
+    rank, wanted = read_basis(run.dump)["components"].shape[1], recipe.dump.compact_rank(text_config(target.folder)["hidden_size"])
     if rank != wanted:
         raise UserError(f"the basis in {run.dump} has rank {rank}, dump.rank asks for {wanted}: remove the dump's folder to fit it anew")
     return {"basis": _basis_digest(run), "rank": rank}

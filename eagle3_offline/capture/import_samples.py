@@ -210,7 +210,7 @@ def _spec(target: OpenTarget, recipe: Recipe, dtype: str, layout: Layout) -> Dum
         vocab_size=shape["vocab_size"],
         dtype=dtype,
         codec=recipe.dump.aux_codec,
-        last_codec=recipe.dump.last_codec or recipe.dump.aux_codec,
+        last_codec=recipe.dump.teacher_codec,
         compact=None,
         target=target.fingerprint,
         engine={"name": "imported", "from": layout.name},

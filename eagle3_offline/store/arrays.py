@@ -61,6 +61,7 @@ class ArrayWriter:
         """waiting: chunks that may be in the pool at once."""
         self.folder = folder
         self.files: dict[str, dict[str, Any]] = {}  # file name -> record
+        self.dtype = layout.dtype
         self._layout = layout
         self._pool = pool
         self._waiting = waiting

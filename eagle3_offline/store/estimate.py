@@ -65,7 +65,7 @@ def estimate(
 def _files(spec: DumpSpec, rows: int, tokens: int, teachers: int, unit_rows: int) -> int:
     """Every array has its metadata and at least one shard in each part; states fill more."""
     parts = max(1, -(-rows // unit_rows))
-    states = {name: layout for name, layout in state_layouts(spec).items()}
+    states = state_layouts(spec)
     arrays = len(plain_layouts(spec)) + sum(1 + len(layout.companions) for layout in states.values())
     shards = 0
     for name, layout in states.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .format import EXACT_CODECS, state_layouts
-from .part import Part
+from .part import Part, read_part_json
 from .places import Place, place
 from .reader import Dump
 
@@ -20,7 +20,7 @@ _LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 def info(where: Place | Path | str) -> dict[str, Any]:
     """Of a dump: sizes and ratios per array, tokens, supervised share, row lengths."""
     dump = Dump.open(place(where))
-    counts = dump.manifest["counts"]
+    counts, sizes = dump.manifest["counts"], _file_sizes(dump)
     return {
         "dump": str(dump.where),
         "mode": "compact" if dump.spec.compact else "full",
@@ -33,28 +33,23 @@ def info(where: Place | Path | str) -> dict[str, Any]:
         "stored_bytes": counts["stored_bytes"],
         "bytes_per_token": counts["stored_bytes"] / max(1, counts["tokens"]),
         "share_of_raw": counts["stored_bytes"] / max(1, counts["raw_bytes"]),
-        "files": sum(entry["files"] for entry in _part_sizes(dump)),
-        "arrays": _arrays(dump),
+        "files": len(sizes) + len(dump.manifest["parts"]),  # and each part's part.json
+        "arrays": _arrays(dump, sizes),
         "lengths": _histogram(dump.lengths),
     }
 
 
-def _part_sizes(dump: Dump) -> list[dict[str, Any]]:
-    sizes = []
-    for entry in dump.manifest["parts"]:
-        files = Part(dump.where / "parts" / entry["name"], dump.spec, entry["part_json"]).content["files"]
-        by_array: Counter[str] = Counter()
-        for name, record in files.items():
-            by_array[name.partition("/")[0]] += record["bytes"]
-        sizes.append({"files": len(files) + 1, "arrays": by_array, "entry": entry})
-    return sizes
+def _file_sizes(dump: Dump) -> list[tuple[str, int]]:
+    """(array, bytes) of every file that a part lists; the group's own zarr.json under that name."""
+    contents = (read_part_json(dump.where / "parts" / entry["name"], entry["part_json"]) for entry in dump.manifest["parts"])
+    return [(name.partition("/")[0], record["bytes"]) for content in contents for name, record in content["files"].items()]
 
 
-def _arrays(dump: Dump) -> dict[str, dict[str, float]]:
+def _arrays(dump: Dump, sizes: list[tuple[str, int]]) -> dict[str, dict[str, float]]:
     """By array: stored bytes, and for exact states the ratio to raw beside the bound of order-0 coding."""
     stored: Counter[str] = Counter()
-    for part in _part_sizes(dump):
-        stored.update(part["arrays"])
+    for array, size in sizes:
+        stored[array] += size
     spec, counts = dump.spec, dump.manifest["counts"]
     teachers = sum(entry["last"] for entry in dump.manifest["parts"])
     report: dict[str, dict[str, float]] = {name: {"bytes": size} for name, size in sorted(stored.items()) if name != "zarr.json"}

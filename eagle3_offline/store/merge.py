@@ -18,7 +18,7 @@ from .part import data_folder, read_part_json
 from .places import LocalPlace, Place
 from .reader import Dump
 from .seal import PlannedUnit, seal
-from .target_files import read_index
+from .target_files import INDEX, read_index
 from .verify import verify
 
 
@@ -70,7 +70,7 @@ def _copy_target(dumps: list[Dump], into: Path) -> None:
     if (into / TARGET).is_dir():
         return
     with atomic_folder(into / TARGET, modes=False) as temporary:
-        for name in (*read_index(dumps[0].where), "index.json"):
+        for name in (*read_index(dumps[0].where), INDEX):
             _copy(dumps[0].where / TARGET / name, temporary / name)
 
 

@@ -45,6 +45,11 @@ def write_target(
     return index
 
 
+def has_target(dump: Place | Path | str) -> bool:
+    """Whether `dump/target/` is there, whole."""
+    return (place(dump) / TARGET / INDEX).size() is not None
+
+
 def read_index(dump: Place | Path | str) -> dict[str, Any]:
     """File name -> record of every file of `dump/target/` but the index itself."""
     where = place(dump) / TARGET / INDEX

@@ -220,7 +220,7 @@ class PartWriter:
         )
 
     def _append_top(self, top: TopLogits) -> int:
-        self._plain["top_ids"].append(top.ids.astype(plain_layouts(self.spec)["top_ids"].dtype))
+        self._plain["top_ids"].append(top.ids.astype(self._plain["top_ids"].dtype))
         self._plain["top_log_probs"].append(top.log_probs)
         self._plain["log_normaliser"].append(top.log_normaliser)
         return len(top.ids)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any, Self
 
 import httpx
 
+from ..machine import free_port
 from ..records import EngineFailed, UserError
 
 TESTED = ((0, 5, 17), (0, 5, 22))  # capture by hooks was seen to work; later ones return other things from their layers
@@ -195,10 +195,3 @@ class SglangServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 
-from ..machine import cpu_multiplies_bfloat16
+from ..machine import cpu_multiplies_bfloat16, free_port
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def start(timeout_minutes: float) -> Ranks:
     env.setdefault("WORLD_SIZE", env.get("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in env else "1")
     env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0") if "SLURM_STEP_ID" in env else "0")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(_free_port()))
+    env.setdefault("MASTER_PORT", str(free_port()))
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -61,9 +60,3 @@ def all_list(values: list, ranks: Ranks) -> list:
 def native_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 natively."""
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_multiplies_bfloat16()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -42,8 +42,7 @@ def test_it_trains_evaluates_exports_and_decodes(compact):
 
 
 def test_the_export_needs_no_dump_and_keeps_the_basis_digest(compact, tmp_path):
-    shutil.copytree(compact.run, tmp_path / "run")
-    cli = Cli(compact.recipe, tmp_path / "run")
+    cli = compact.copy(tmp_path / "run")
     digest = Dump.open(cli.run / "dump").spec.compact.basis
     shutil.rmtree(cli.run / "dump")
     cli.stage("export")

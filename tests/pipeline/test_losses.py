@@ -11,14 +11,6 @@ from eagle3_offline.runs import Run
 from eagle3_offline.training import data
 from eagle3_offline.training.metrics import read_metrics
 
-from ..small_runs import Cli
-
-
-@pytest.fixture
-def copied(dumped, tmp_path) -> Cli:
-    shutil.copytree(dumped.run, tmp_path / "run")
-    return Cli(dumped.recipe, tmp_path / "run")
-
 
 @pytest.mark.parametrize("loss", ["lk-alpha", "lk-lambda"])
 def test_an_lk_loss_trains_and_resumes_exactly(copied, loss):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,32 +21,15 @@ from eagle3_offline.runs import EXIT_STOPPED, Run
 from eagle3_offline.training.engine import rate
 from eagle3_offline.training.metrics import read_metrics
 
-from ..small_runs import Cli, own_environment, write_recipe
-
-
-@pytest.fixture
-def copied(dumped, tmp_path) -> Cli:
-    """A copy of the dumped run, to train in."""
-    shutil.copytree(dumped.run, tmp_path / "run")
-    return Cli(dumped.recipe, tmp_path / "run")
+from ..small_runs import Cli, losses, own_environment, weights, write_recipe
 
 
 @pytest.fixture(scope="session")
 def trained(dumped, tmp_path_factory) -> Cli:
     """An uninterrupted training of 12 steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(dumped.run, folder / "run")
-    cli = Cli(dumped.recipe, folder / "run")
+    cli = dumped.copy(tmp_path_factory.mktemp("trained") / "run")
     cli.stage("train")
     return cli
-
-
-def losses(cli: Cli, draft: str = "draft") -> list[float]:
-    return [line["loss"] for line in read_metrics(Run(cli.run).draft(draft) / "metrics.csv")]
-
-
-def weights(cli: Cli) -> dict[str, torch.Tensor]:
-    return load_file(Run(cli.run).draft("draft") / "weights.safetensors")
 
 
 def test_training_lowers_the_loss_and_writes_every_step(trained):
@@ -62,8 +44,7 @@ def test_training_lowers_the_loss_and_writes_every_step(trained):
 
 def test_the_target_is_not_opened_and_sglang_not_imported(dumped, tmp_path, random_target):
     """Training in a process without sglang and vllm, from a run whose target is gone."""
-    run = tmp_path / "run"
-    shutil.copytree(dumped.run, run)
+    run = dumped.copy(tmp_path / "run").run
     recipe = write_recipe(tmp_path, tmp_path / "gone", [])
     block = (
         "import sys\n"
@@ -113,17 +94,7 @@ def wait_for_step(cli: Cli, step: int, seconds: float = 120) -> None:
 
 def test_two_ranks_give_the_losses_of_one(trained, copied):
     """Over gloo, ZeRO-1, fp32: the same global batches, hence the same losses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        copied.start(
-            "train", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1"
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    copied.on_ranks(2, "train")
     assert losses(copied) == pytest.approx(losses(trained), rel=1e-5)
 
 
@@ -146,8 +117,7 @@ def test_several_drafts_from_one_dump_and_other_settings_are_refused(trained, co
 
 
 def test_evaluate_export_and_decode(trained, tmp_path):
-    cli = Cli(trained.recipe, tmp_path / "run")
-    shutil.copytree(trained.run, cli.run)
+    cli = trained.copy(tmp_path / "run")
     folder = Run(cli.run).draft("draft")
     assert "run `export` first" in cli.stage("evaluate", exit_code=2)
     exported = cli.stage("export")
@@ -189,8 +159,7 @@ EXPORTED_KEYS = {
 
 
 def test_the_export_has_the_exact_keys_and_the_scale_is_folded(trained, tmp_path):
-    cli = Cli(trained.recipe, tmp_path / "run")
-    shutil.copytree(trained.run, cli.run)
+    cli = trained.copy(tmp_path / "run")
     cli.stage("export")
     folder = Run(cli.run).draft("draft")
     tensors = load_file(folder / "export" / "model.safetensors")
@@ -207,8 +176,7 @@ def test_the_export_has_the_exact_keys_and_the_scale_is_folded(trained, tmp_path
 @pytest.fixture
 def exportable(trained, tmp_path) -> Cli:
     """A copy of the trained run, to export in."""
-    shutil.copytree(trained.run, tmp_path / "exportable")
-    return Cli(trained.recipe, tmp_path / "exportable")
+    return trained.copy(tmp_path / "exportable")
 
 
 @pytest.mark.parametrize("to", ["sglang", "vllm", "hf"])

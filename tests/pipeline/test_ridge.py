@@ -1,7 +1,5 @@
 """The ridge start of fc against a plain regression, and what it does to the loss before the first step."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,6 @@ from eagle3_offline.runs import Run
 from eagle3_offline.training.data import open_source
 from eagle3_offline.training.metrics import read_metrics
 from eagle3_offline.training.ridge import RIDGE, regress, start_fc
-
-from ..small_runs import Cli
 
 
 def plain_pairs(source):
@@ -53,8 +49,7 @@ def test_it_finds_a_linear_map():
 def test_a_training_starts_from_it(dumped, tmp_path, more):
     first = {}
     for init in ("random", "ridge"):
-        shutil.copytree(dumped.run, tmp_path / init)
-        cli = Cli(dumped.recipe, tmp_path / init)
+        cli = dumped.copy(tmp_path / init)
         settings = (f"train.fc_init={init}", "train.total_steps=2", "train.eval_every=0", *more)
         cli.stage("train", *[word for setting in settings for word in ("--set", setting)])
         first[init] = read_metrics(Run(cli.run).draft("draft") / "metrics.csv")[0]["ce_0"]

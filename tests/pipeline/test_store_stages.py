@@ -91,26 +91,18 @@ def test_speculators_samples(dumped, importing, random_target, tmp_path):
     torch.testing.assert_close(found, normed[torch.from_numpy(dump.sample(0).last_positions)])
 
 
-@pytest.fixture
-def captured(dumped, tmp_path):
-    """A copy of the run up to its answers, without a dump."""
-    run = tmp_path / "run"
-    shutil.copytree(dumped.run, run, ignore=shutil.ignore_patterns("dump", "dump-hidden.json"))
-    return Cli(dumped.recipe, run)
-
-
 COMPACT = ("--set", "dump.mode=compact", "--set", "dump.rank=0.5", "--set", "dump.top_k=8")
 
 
-def test_a_compact_run(captured, dumped, monkeypatch):
+def test_a_compact_run(answered, dumped, monkeypatch):
     monkeypatch.setattr(compact, "TOKENS_PER_CHANNEL", 2)
     monkeypatch.setattr(capture_dump, "TOKENS_PER_CHANNEL", 2)
-    assert "--fit-basis" in captured.stage("dump-hidden", *COMPACT, exit_code=2)
-    fitted = captured.stage("dump-hidden", "--fit-basis", *COMPACT)
-    assert fitted["rank"] == 16 and captured.stage("dump-hidden", "--fit-basis", *COMPACT)["basis"] == fitted["basis"]
-    captured.stage("dump-hidden", *COMPACT)
-    counts = captured.stage("store", "seal", *COMPACT)
-    source, dump = Dump.open(dumped.run / "dump"), Dump.open(captured.run / "dump")
+    assert "--fit-basis" in answered.stage("dump-hidden", *COMPACT, exit_code=2)
+    fitted = answered.stage("dump-hidden", "--fit-basis", *COMPACT)
+    assert fitted["rank"] == 16 and answered.stage("dump-hidden", "--fit-basis", *COMPACT)["basis"] == fitted["basis"]
+    answered.stage("dump-hidden", *COMPACT)
+    counts = answered.stage("store", "seal", *COMPACT)
+    source, dump = Dump.open(dumped.run / "dump"), Dump.open(answered.run / "dump")
     assert counts["done"] == len(source) and dump.spec.codec == "int8" and dump.spec.compact.basis == fitted["basis"]
     assert [dump.ids(i) for i in range(len(dump))] == [source.ids(i) for i in range(len(source))]
     basis = dump.basis()
@@ -122,8 +114,8 @@ def test_a_compact_run(captured, dumped, monkeypatch):
         assert np.sqrt(np.square(found - exact).mean()) < 0.02 * np.sqrt(np.square(exact).mean())
         after = np.append(full.input_ids, -1)[full.last_positions + 1]
         assert all(token in ids for token, ids in zip(after.tolist(), reduced.top.ids.tolist(), strict=True) if token >= 0)
-    captured.stage("store", "verify")
-    degraded = dumped.stage("store", "degrade", "--into", str(captured.run / "degraded"), *COMPACT)
+    answered.stage("store", "verify")
+    degraded = dumped.stage("store", "degrade", "--into", str(answered.run / "degraded"), *COMPACT)
     assert degraded["tokens"] == counts["tokens"]
     assert abs(degraded["stored_bytes"] - counts["stored_bytes"]) < 0.02 * counts["stored_bytes"]  # another basis, fitted on all rows
 
@@ -152,8 +144,8 @@ def test_token_rows_from_elsewhere(dumped, random_target, tmp_path):
     assert "without a gap" in cli.stage("store", "plan", exit_code=2)
 
 
-def test_a_dump_that_the_disk_will_not_hold_is_refused(captured, monkeypatch):
+def test_a_dump_that_the_disk_will_not_hold_is_refused(answered, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    text = captured.stage("dump-hidden", exit_code=2)
-    assert "0.00 GB free" in text and "dump.force=true" in text and not (captured.run / "dump" / "parts").exists()
-    captured.stage("dump-hidden", "--set", "dump.force=true")
+    text = answered.stage("dump-hidden", exit_code=2)
+    assert "0.00 GB free" in text and "dump.force=true" in text and not (answered.run / "dump" / "parts").exists()
+    answered.stage("dump-hidden", "--set", "dump.force=true")

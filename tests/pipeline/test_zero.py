@@ -2,30 +2,19 @@
 
 import json
 import shutil
-import socket
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from eagle3_offline.runs import Run
-from eagle3_offline.training.metrics import read_metrics
 
-from ..small_runs import Cli
-
-
-@pytest.fixture
-def copied(dumped, tmp_path) -> Cli:
-    shutil.copytree(dumped.run, tmp_path / "run")
-    return Cli(dumped.recipe, tmp_path / "run")
+from ..small_runs import Cli, losses, weights
 
 
 @pytest.fixture(scope="module")
 def whole(dumped, tmp_path_factory) -> Cli:
     """An uninterrupted training of 8 steps at ZeRO-1 on one rank."""
-    folder = tmp_path_factory.mktemp("whole")
-    shutil.copytree(dumped.run, folder / "run")
-    cli = Cli(dumped.recipe, folder / "run")
+    cli = dumped.copy(tmp_path_factory.mktemp("whole") / "run")
     cli.stage("train", *options(1))
     return cli
 
@@ -35,34 +24,12 @@ def options(stage: int, *more: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def losses(cli: Cli) -> list[float]:
-    return [line["loss"] for line in read_metrics(Run(cli.run).draft("draft") / "metrics.csv")]
-
-
-def weights(cli: Cli) -> dict[str, torch.Tensor]:
-    return load_file(Run(cli.run).draft("draft") / "weights.safetensors")
-
-
 def assert_same(cli: Cli, other: Cli) -> None:
     assert losses(cli) == pytest.approx(losses(other), rel=1e-5)
     ours, theirs = weights(cli), weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], atol=2e-5), name
-
-
-def on_ranks(cli: Cli, world: int, *words: str, exit_code: int = 0) -> list[str]:
-    """A stage on several ranks; one: in this process."""
-    if world == 1:
-        return [str(cli.stage(*words, exit_code=exit_code))]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    started = [cli.start(*words, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(world)]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [exit_code] * world, outputs
-    return outputs
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -81,9 +48,9 @@ def halfway(cli: Cli) -> None:
 @pytest.mark.parametrize("stage, first, second", [(0, 2, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (3, 1, 2), (3, 2, 1)])
 def test_a_training_goes_on_with_another_number_of_ranks(whole, copied, stage, first, second):
     """Its first steps on `first` ranks, the others on `second`: all as on one rank at ZeRO-1."""
-    on_ranks(copied, first, "train", *options(stage))
+    copied.on_ranks(first, "train", *options(stage))
     halfway(copied)
-    on_ranks(copied, second, "train", *options(stage))
+    copied.on_ranks(second, "train", *options(stage))
     assert_same(copied, whole)
 
 

@@ -6,7 +6,7 @@ import signal
 import httpx
 import psutil
 
-from eagle3_offline.target.sglang_server import free_port
+from eagle3_offline.machine import free_port
 
 from ..small_runs import Cli, conversations, write_recipe
 
