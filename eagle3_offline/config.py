@@ -219,6 +219,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where else a training's values go, through DeepSpeed's monitor. drafts/NAME/metrics.csv and held_out.jsonl are always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "comet", "csv"]] = opt(
+        [],
+        "tensorboard and csv (a file a value) write to drafts/NAME/tracking; wandb and comet take their keys from the environment",
+    )
+    project: str = opt("eagle3-offline", "project at wandb and comet")
+    run_name: str | None = opt(None, "name of the run there; none: the recipe's name and the draft's")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Accept length on held-out rows."""
 
@@ -250,6 +262,7 @@ class Recipe:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     dump: DumpConfig = field(default_factory=DumpConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

@@ -56,6 +56,8 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
     value = json.loads(path.read_text(encoding="utf-8"))
     stage = value.get("zero_optimization", {}).get("stage", 0)
+    if value.get("comet", {}).get("api_key"):  # the resolved JSON is kept in the run folder
+        raise UserError(f"{path} holds comet's api_key, which would be copied into the run folder: set COMET_API_KEY instead")
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path} asks for ZeRO stage {stage}; expected 0, 1, 2 or 3")
     if stage == 0 and uses_bfloat16(config):

@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .order import epochs_done
 from .ridge import start_fc
 from .step import Carried, Training, one_step
+from .trackers import Trackers, require_packages
 
 MOST_SKIPPED = 3  # steps in a row that may be skipped because their loss or gradient is not finite
 NO_SETTING = (  # of the weights: what may differ when a training goes on
@@ -44,6 +45,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """Train recipe.train.draft; go on from its newest checkpoint. Writes weights.safetensors (fp32) and draft.json at the end."""
     config = recipe.train
     folder = run.draft(config.draft)
+    require_packages(recipe)
     source = open_source(run.dump, config)
     run.claim(f"train.{config.draft}", settings(recipe, source))
     if is_trained(folder):
@@ -59,7 +61,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     engine = build(config, head, ranks, saved.universal)
     training = Training(config, source, engine, teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     training.carried.load(checkpoints.load(engine, saved))
-    steps = _steps(training, folder, saved.step, stop)
+    steps = _steps(training, folder, saved.step, stop, Trackers(recipe, folder))
     summary = _summary(training, folder, steps)
     if ranks.rank == 0:
         _publish(training, folder, summary)
@@ -79,10 +81,10 @@ def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
 # Steps
 
 
-def _steps(training: Training, folder: Path, first: int, stop: StopSignal) -> int:
+def _steps(training: Training, folder: Path, first: int, stop: StopSignal, trackers: Trackers) -> int:
     """Train from step `first` on; the number of steps that are done when the training is over."""
     config, ranks, carried = training.config, training.ranks, training.carried
-    metrics = Metrics(folder, first) if ranks.rank == 0 else None
+    metrics = Metrics(folder, first, trackers) if ranks.rank == 0 else None
     batches = read_ahead(training.source, config, ranks.rank, ranks.world, first)
     done = first
     if first == 0:
