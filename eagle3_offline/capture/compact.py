@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..logits import HeadTransform
 from ..records import CapturedRow, TokenRow, TopLogits, UserError
 from ..store.format import DumpSpec, last_positions
 from ..store.numeric import outlier_tokens, put_float32, to_float32
@@ -87,8 +88,15 @@ class Moments:
 class Reduction:
     """Reduces captured rows to what a compact dump keeps."""
 
-    def __init__(self, spec: DumpSpec, basis: Mapping[str, np.ndarray], lm_head: Tensor, device: torch.device | str = "cpu"):
-        """lm_head [V, H]"""
+    def __init__(
+        self,
+        spec: DumpSpec,
+        basis: Mapping[str, np.ndarray],
+        lm_head: Tensor,
+        device: torch.device | str = "cpu",
+        transform: HeadTransform | None = None,
+    ):
+        """lm_head [V, H]; transform: what the target does to W h, None: nothing."""
         self.spec = spec
         self.device = torch.device(device)
         self.projection = (torch.from_numpy(basis["components"].copy()) / torch.from_numpy(basis["scale"].copy())[:, None]).to(self.device)
@@ -96,7 +104,7 @@ class Reduction:
             raise UserError(
                 f"the basis has rank {self.projection.shape[1]}, the dump's is {spec.compact.rank}: remove the dump's folder to fit it anew"
             )
-        self.lm_head = lm_head.to(self.device)
+        self.lm_head, self.transform = lm_head.to(self.device), (transform or HeadTransform()).to(self.device)
 
     def __call__(self, row: TokenRow, aux: np.ndarray, last: np.ndarray) -> CapturedRow:
         """aux [T, C] and last [T_last, H] in storage dtype."""
@@ -106,15 +114,16 @@ class Reduction:
         positions = last_positions(row.turns, len(row.input_ids))
         following = np.append(row.input_ids, -1)[positions + 1]  # -1: no token follows
         states = torch.from_numpy(to_float32(last, self.spec.dtype)).to(self.device)
-        return CapturedRow(row, projected, None, top_logits(states, self.lm_head, following, self.spec.compact.top_k))
+        return CapturedRow(row, projected, None, top_logits(states, self.lm_head, following, self.spec.compact.top_k, self.transform))
 
 
-def top_logits(last: Tensor, lm_head: Tensor, following: np.ndarray, k: int) -> TopLogits:
-    """The k largest of last [n, H] @ lm_head.T with their exact log-sum-exp; the token that followed ([n], -1 for none) among them."""
+def top_logits(last: Tensor, lm_head: Tensor, following: np.ndarray, k: int, transform: HeadTransform | None = None) -> TopLogits:
+    """The k largest logits of last [n, H] with their exact log-sum-exp; the token that followed ([n], -1 for none) among them."""
+    transform = transform or HeadTransform()
     ids, log_probs, normaliser = [], [], []
     after = torch.from_numpy(following.astype(np.int64)).to(last.device)
     for start in range(0, len(last), _TEACHER_ROWS):
-        logits = (last[start : start + _TEACHER_ROWS].to(lm_head.dtype) @ lm_head.T).float()  # [rows, V]
+        logits = transform((last[start : start + _TEACHER_ROWS].to(lm_head.dtype) @ lm_head.T).float())  # [rows, V]
         values, index = logits.topk(k)
         wanted = after[start : start + len(logits), None]
         absent = (wanted >= 0) & (index != wanted).all(1, keepdim=True)  # the last of the k gives way

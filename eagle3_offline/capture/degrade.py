@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import DumpConfig
+from ..logits import head_transform
 from ..progress import StageProgress
 from ..records import CapturedRow, Reject, Sample, Summary, TokenRow, TooManyRejected, UserError
 from ..runs import StopSignal
@@ -24,7 +25,7 @@ from ..store.part import read_part_json
 from ..store.places import place
 from ..store.reader import Dump
 from ..store.seal import seal, sealed
-from ..store.target_files import BASIS, carried, has_target, read_basis, read_index, write_target
+from ..store.target_files import BASIS, BIAS, carried, has_target, read_basis, read_index, write_target
 from ..store.writer import PartWriter
 from .compact import Moments, Reduction
 
@@ -86,7 +87,8 @@ def _prepare(dump: Dump, into: Path | str, config: DumpConfig, stop: StopSignal)
     compact = Compact(rank, config.top_k, read_index(into)[BASIS]["xxh3_128"])
     spec = replace(dump.spec, codec=config.aux_codec, last_codec=None, compact=compact)
     basis = read_basis(into)
-    return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu")
+    transform = head_transform(dump.target_json("config.json"), _float(dump, BIAS) if BIAS in dump.target_tensors() else None)
+    return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu", transform)
 
 
 def fit_basis_of_dump(dump: Dump, rank: int, stop: StopSignal) -> dict[str, np.ndarray]:

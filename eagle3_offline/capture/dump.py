@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,6 +12,7 @@ import torch
 
 from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows
+from ..logits import head_transform
 from ..progress import StageProgress
 from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, UserError
 from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
@@ -20,7 +22,7 @@ from ..store.estimate import estimate
 from ..store.format import Compact, DumpSpec, last_positions
 from ..store.numeric import all_finite, to_float32
 from ..store.places import is_remote
-from ..store.target_files import BASIS, has_target, read_basis, read_index, read_target, write_target
+from ..store.target_files import BASIS, BIAS, carried, has_target, read_basis, read_index, read_target, write_target
 from ..store.writer import PartWriter
 from ..target.engine import Engine, States
 from ..target.folder import carried_files, head_tensors, text_config
@@ -159,8 +161,10 @@ def _keep(run: Run, spec: DumpSpec) -> Keep:
 
     if spec.compact is None:
         return full
-    head = torch.from_numpy(to_float32(read_target(run.dump)["lm_head.weight"].copy(), spec.dtype))
-    reduction = Reduction(spec, read_basis(run.dump), head, "cuda" if torch.cuda.is_available() else "cpu")
+    tensors = {name: torch.from_numpy(to_float32(array.copy(), spec.dtype)) for name, array in read_target(run.dump).items()}
+    transform = head_transform(json.loads(carried(run.dump)["config.json"]), tensors.get(BIAS))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reduction = Reduction(spec, read_basis(run.dump), tensors["lm_head.weight"], device, transform)
 
     def compact(row: TokenRow, states: States) -> CapturedRow:
         whole = full(row, states)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ..config import TargetConfig
 from ..conversations.template import ChatTemplate
+from ..logits import head_transform
 from ..records import STORAGE_DTYPE
 from ..runs import NotClaimed, Run, SettingsChanged
 from ..target.engine import Engine, capture_layers
@@ -71,6 +72,7 @@ def engine_name(wanted: str) -> str:
 def open_target(run: Run, config: TargetConfig, folder: Path) -> OpenTarget:
     """Check the target in `folder` against the run's (or make it the run's). The weights are hashed once per run."""
     shape = text_config(folder)
+    head_transform(shape)  # refuses one that no teacher could be made of
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     template = ChatTemplate(tokenizer, config.chat_template)
     return OpenTarget(

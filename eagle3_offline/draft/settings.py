@@ -48,7 +48,6 @@ def draft_settings(
 ) -> DraftSettings:
     """The draft that fits a target: one Llama layer of the target's own shape. `target_config` is its config.json."""
     config = target_config.get("text_config", target_config)
-    refuse_head_transforms(config)
     heads = config["num_attention_heads"]
     return DraftSettings(
         hidden_size=config["hidden_size"],
@@ -59,7 +58,7 @@ def draft_settings(
         vocab_size=config["vocab_size"],
         draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
         layers=tuple(layers),
-        rms_norm_eps=config["rms_norm_eps"],
+        rms_norm_eps=config.get("rms_norm_eps") or config["layer_norm_eps"],  # Cohere's norms are of the other kind
         rope_parameters=rope_parameters(config),
         max_position_embeddings=config["max_position_embeddings"],
         fc_norm=fc_norm,
@@ -93,10 +92,3 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type") == "dynamic":
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
-
-
-def refuse_head_transforms(config: dict[str, Any]) -> None:
-    """The teacher here is softmax(W last); refuse targets whose logits are more than that."""
-    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        if config.get(key) not in (None, neutral):
-            raise UserError(f"the target's config has {key} = {config[key]}; teachers of the form softmax(W h) only are supported so far")

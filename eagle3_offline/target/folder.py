@@ -19,6 +19,10 @@ CARRIED = (  # small files that travel with the dump
     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 
+NORM_FROM_ONE = (  # model types whose norms multiply by 1 + weight
+    "gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "vaultgemma",
+)  # fmt: skip
+
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:
     """A local folder as it is; a hub name from the hub or its local cache. Raises UserError where neither is to be had."""
@@ -82,18 +86,21 @@ def carried_files(folder: Path) -> dict[str, bytes]:
 
 
 def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
-    """embed_tokens.weight [V, H], norm.weight [H] and lm_head.weight [V, H] in the engine's dtype; a tied head is the embedding."""
+    """embed_tokens.weight [V, H], norm.weight [H] and lm_head.weight [V, H] in the engine's dtype; a tied head is the embedding.
+
+    norm.weight is what the normed state is multiplied by, whatever the target stores; lm_head.bias [V] where the target has one.
+    """
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.removeprefix("model.") == "norm.weight":
+                if name.endswith(("embed_tokens.weight", "lm_head.weight", "lm_head.bias")) or name.removeprefix("model.") == "norm.weight":
                     found[name.removeprefix("model.")] = handle.get_tensor(name).to(getattr(torch, dtype))
-                if name.endswith("lm_head.bias"):
-                    raise UserError(f"{path} has an lm_head.bias; teachers of the form softmax(W h) only are supported so far")
     found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
     if missing := [name for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight") if found.get(name) is None]:
         raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
+    if text_config(folder).get("model_type") in NORM_FROM_ONE:
+        found["norm.weight"] = found["norm.weight"] + 1
     return found
 
 

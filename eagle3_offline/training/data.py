@@ -17,8 +17,10 @@ from ..draft.batch import DraftBatch, collate, to_torch
 from ..draft.model import DraftHead, new_head
 from ..draft.settings import DraftSettings, draft_settings
 from ..draft.vocabulary import DraftVocabulary, draft_vocabulary
+from ..logits import HeadTransform, head_transform
 from ..records import Sample, UserError
 from ..store.reader import Dump
+from ..store.target_files import BIAS
 from .order import rank_batches, step_rows
 
 READ_AHEAD = 4  # steps that are decoded before they are needed
@@ -36,6 +38,7 @@ class Source:
     embed: Tensor  # [V, H]
     norm: Tensor  # [H]
     lm_head: Tensor  # [V, H]
+    transform: HeadTransform  # of the target's head
     train_rows: np.ndarray
     eval_rows: np.ndarray
 
@@ -65,7 +68,8 @@ class Source:
         """The draft before its first step."""
         start = {}
         if config.head_init == "target":
-            start = {"lm_head": self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu(), "norm": self.norm.float().cpu()}
+            rows = self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu()
+            start = {"lm_head": rows * self.transform.scale, "norm": self.norm.float().cpu()}  # a draft's logits are plain W h when served
         if self.fc_norm is not None:
             start["fc_norm"] = self.fc_norm
         return new_head(self.settings, config.seed, **start)
@@ -100,6 +104,7 @@ def open_source(path: Path | str, config: TrainConfig) -> Source:
         embed=to_torch(target["embed_tokens.weight"]),
         norm=to_torch(target["norm.weight"]),
         lm_head=to_torch(target["lm_head.weight"]),
+        transform=head_transform(dump.target_json("config.json"), to_torch(target[BIAS]) if BIAS in target else None),
         train_rows=train_rows,
         eval_rows=eval_rows,
     )

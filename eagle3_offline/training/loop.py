@@ -53,7 +53,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
     source = source.to(ranks.device)
-    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
+    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k, source.transform)
     saved = checkpoints.newest(folder / "checkpoints", ranks, zero_stage(config))
     head = source.new_head(config)
     if config.fc_init == "ridge" and not saved.step:
