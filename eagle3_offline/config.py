@@ -166,6 +166,8 @@ class TrainConfig:
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )
+    hidden_size: int = opt(0, "width of the draft; 0: the target's; a narrower one trains its own embedding, and needs head_init: random")
+    start_from: str | None = opt(None, "folder of a published draft to start from, whose vocabulary is kept; none: a new draft")
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
     fc_init: Literal["random", "ridge"] = opt("random", "fc starts random, or as the best linear guess of the next token's last state")
     aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
@@ -210,6 +212,10 @@ class TrainConfig:
             "dist_timeout",
         )
         share(self, "train", "warmup_ratio", "final_ratio")
+        if self.hidden_size < 0:
+            raise UserError(f"train.hidden_size is {self.hidden_size}; it may not be negative")
+        if self.start_from and self.fc_init == "ridge":
+            raise UserError("train.start_from brings its fc along, and train.fc_init is ridge: leave one of them out")
         if self.early_stop < 0:
             raise UserError(f"train.early_stop is {self.early_stop}; it may not be negative")
         if self.batch_size % self.micro_batch_size:

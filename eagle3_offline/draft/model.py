@@ -143,8 +143,10 @@ class DraftHead(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
         self.settings = settings
+        if settings.owns_embedding:
+            self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         if settings.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(settings.hidden_size, settings.rms_norm_eps) for _ in settings.layers)
+            self.fc_norm = nn.ModuleList(RMSNorm(settings.target_width, settings.rms_norm_eps) for _ in settings.layers)
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
         self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
@@ -158,8 +160,12 @@ class DraftHead(nn.Module):
         """What fc reads of captured states [n, A]."""
         if not self.settings.fc_norm:
             return aux
-        chunks = aux.split(self.settings.hidden_size, dim=-1)
+        chunks = aux.split(self.settings.target_width, dim=-1)
         return torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+
+    def embedded(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Embeddings [n, H] of tokens [n]: rows of the target's frozen table [V, H], or of a narrower draft's own."""
+        return self.embed_tokens(tokens) if self.settings.owns_embedding else table[tokens]
 
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Of a step's state [n, H] what lm_head reads, and the g that recurs."""
@@ -182,8 +188,9 @@ def new_head(
     lm_head: Tensor | None = None,
     norm: Tensor | None = None,
     fc_norm: Tensor | None = None,
+    embed: Tensor | None = None,
 ) -> DraftHead:
-    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H] and fc_norm [A] where given."""
+    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H], fc_norm [A] and embed [V, H] where given."""
     head = DraftHead(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -192,9 +199,11 @@ def new_head(
                 parameter.normal_(0.0, 0.02, generator=generator)
         if lm_head is not None:
             head.lm_head.weight.copy_(lm_head)
+        if embed is not None:
+            head.embed_tokens.weight.copy_(embed)
         if norm is not None:
             head.norm.weight.copy_(norm)
         if fc_norm is not None:
-            for module, weight in zip(head.fc_norm, fc_norm.split(settings.hidden_size), strict=True):
+            for module, weight in zip(head.fc_norm, fc_norm.split(settings.target_width), strict=True):
                 module.weight.copy_(weight)
     return head

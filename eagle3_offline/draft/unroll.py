@@ -30,7 +30,8 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     layer = head.midlayer
     dtype = head.fc.weight.dtype
     g = head.features(batch.aux.to(dtype))  # [N, H]
-    normed = layer.input_layernorm(embed[batch.tokens].to(dtype))  # [N, H]; what a row reads at step k is what row p + k reads at step 0
+    embedded = head.embedded(batch.tokens, embed).to(dtype)
+    normed = layer.input_layernorm(embedded)  # [N, H]; what a row reads at step k is what row p + k reads at step 0
     u = layer.mix(normed, g)
     keys, values = layer.key_value(u, batch.positions)  # [N, kv, d], what every step attends to
     own_keys: list[Tensor] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..draft.batch import DraftBatch, collate, to_torch
 from ..draft.model import DraftHead, new_head
+from ..draft.published import Published, fit, read_published, same_embedding
 from ..draft.settings import DraftSettings, draft_settings
 from ..draft.vocabulary import DraftVocabulary, draft_vocabulary
 from ..logits import HeadTransform, head_transform
@@ -41,6 +42,7 @@ class Source:
     transform: HeadTransform  # of the target's head
     train_rows: np.ndarray
     eval_rows: np.ndarray
+    published: Published | None = None  # the draft to start from
 
     @property
     def target_ids(self) -> Tensor:
@@ -66,22 +68,27 @@ class Source:
 
     def new_head(self, config: TrainConfig) -> DraftHead:
         """The draft before its first step."""
+        if self.published is not None:
+            return self.published.head(self.aux_scale)
         start = {}
         if config.head_init == "target":
             rows = self.lm_head[self.target_ids.to(self.lm_head.device)].float().cpu()
             start = {"lm_head": rows * self.transform.scale, "norm": self.norm.float().cpu()}  # a draft's logits are plain W h when served
         if self.fc_norm is not None:
             start["fc_norm"] = self.fc_norm
+        if self.settings.owns_embedding:
+            start["embed"] = principal_embedding(self.embed.float().cpu(), self.settings.hidden_size)
         return new_head(self.settings, config.seed, **start)
 
 
 def open_source(path: Path | str, config: TrainConfig) -> Source:
     """Open a dump for training. Raises UserError where it is missing, damaged or has no rows to train on."""
     dump = Dump.open(path)
-    layers = tuple(sorted(config.layers)) or dump.spec.layers
+    published = published_draft(config, dump) if config.start_from else None
+    layers = tuple(sorted(config.layers)) or (published.settings.layers if published else dump.spec.layers)
     if dump.spec.compact:
         _refuse_on_compact(dump, layers, config)
-    if unknown := sorted({*layers} - {*dump.spec.layers}):
+    if published is None and (unknown := sorted({*layers} - {*dump.spec.layers})):
         raise UserError(f"train.layers asks for {unknown}, {path} holds {list(dump.spec.layers)}: choose among these, or dump again")
     train_rows, eval_rows = dump.rows("train"), dump.rows("eval")
     train_rows = train_rows[dump.supervised[train_rows] > 1]  # a row with one answer token predicts nothing
@@ -90,24 +97,61 @@ def open_source(path: Path | str, config: TrainConfig) -> Source:
     target = dump.target_tensors()
     statistics = dump.statistics
     settings = draft_settings(
-        dump.target_json("config.json"), layers, config.draft_vocab_size, fc_norm=config.fc_norm, norm_output=config.norm_output
-    )
+        dump.target_json("config.json"), layers, config.draft_vocab_size, fc_norm=config.fc_norm, norm_output=config.norm_output,
+        hidden_size=config.hidden_size,
+    )  # fmt: skip
+    embed = to_torch(target["embed_tokens.weight"])
+    if published is not None:
+        published = fit(published, settings, dump.spec.layers)
+        same_embedding(published, embed)
+        settings = published.settings
+    elif settings.owns_embedding and (config.head_init == "target" or config.fc_init == "ridge"):
+        raise UserError(
+            f"train.hidden_size is {config.hidden_size}, the target's is {settings.target_width}: the target's rows and states don't fit a "
+            f"narrower draft, so set train.head_init=random and leave train.fc_init random"
+        )
     if dump.spec.compact:
         settings = replace(settings, rank=dump.spec.compact.rank)
     scale = None if dump.spec.compact or not config.aux_scaling else _aux_scale(dump, statistics["rms"], layers)
     return Source(
         dump=dump,
         settings=settings,
-        vocabulary=draft_vocabulary(statistics["token_counts"], settings.draft_vocab_size, end_of_turn_ids(dump)),
+        vocabulary=_vocabulary(dump, statistics["token_counts"], settings, published),
         aux_scale=None if config.fc_norm else scale,
         fc_norm=_within_layers(scale, len(layers)) if config.fc_norm and scale is not None else None,
-        embed=to_torch(target["embed_tokens.weight"]),
+        embed=embed,
         norm=to_torch(target["norm.weight"]),
         lm_head=to_torch(target["lm_head.weight"]),
         transform=head_transform(dump.target_json("config.json"), to_torch(target[BIAS]) if BIAS in target else None),
         train_rows=train_rows,
         eval_rows=eval_rows,
+        published=published,
     )
+
+
+def published_draft(config: TrainConfig, dump: Dump) -> Published:
+    """The draft that the recipe starts from."""
+    if dump.spec.compact:
+        raise UserError(
+            f"train.start_from is {config.start_from}, whose fc reads the captured states, but {dump.where} is a compact dump: "
+            f"it holds a projection of them. Train from a full dump, or from a new draft"
+        )
+    return read_published(Path(config.start_from), dump.target_json("config.json"))
+
+
+def _vocabulary(dump: Dump, counts: np.ndarray, settings: DraftSettings, published: Published | None) -> DraftVocabulary:
+    """The draft's tokens: the most frequent ones, or those of the draft to start from."""
+    if published is None:
+        return draft_vocabulary(counts, settings.draft_vocab_size, end_of_turn_ids(dump))
+    ids = published.target_ids.numpy()
+    return DraftVocabulary(ids, float(counts[ids].sum() / max(1, counts.sum())))
+
+
+def principal_embedding(embed: Tensor, width: int) -> Tensor:
+    """[V, width]: the target's embedding [V, H] along the leading eigenvectors of its second moment, with which narrower drafts start."""
+    _, vectors = torch.linalg.eigh(embed.T @ embed)  # ascending
+    leading = vectors.flip(1)[:, :width]
+    return embed @ (leading * torch.where(leading.sum(0) < 0, -1.0, 1.0))  # eigenvectors have no sign of their own
 
 
 def end_of_turn_ids(dump: Dump) -> list[int]:

@@ -74,6 +74,7 @@ def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     config = recipe.train
     chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTING}
     resolved = {"bfloat16": uses_bfloat16(config), "deepspeed": deepspeed_json(config)}  # what `auto` and a file's name stand for here
+    resolved["start_from"] = source.published and source.published.digest  # whatever its folder is called
     return {**chosen, **resolved, "dump": source.dump.manifest["digest"]}
 
 

@@ -13,7 +13,7 @@ from eagle3_offline.runs import EXIT_FAULT, EXIT_STOPPED, EXIT_USAGE, Run
 from eagle3_offline.training.launch import refuse_nested
 
 from ..small_runs import Cli, losses
-from .test_phase_two import trained, wait_for_step  # noqa: F401 - a fixture
+from .test_phase_two import wait_for_step
 
 
 def ranks_of(parent: int) -> list[int]:
@@ -37,7 +37,7 @@ def begun(cli: Cli, *more: str) -> tuple[subprocess.Popen, list[int]]:
     return process, ranks_of(process.pid)
 
 
-def test_two_ranks_stop_together_go_on_and_give_the_losses_of_one(trained, copied):  # noqa: F811
+def test_two_ranks_stop_together_go_on_and_give_the_losses_of_one(trained, copied):
     process, ranks = begun(copied)
     assert len(ranks) == 2
     process.send_signal(signal.SIGUSR1)

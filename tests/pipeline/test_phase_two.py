@@ -24,14 +24,6 @@ from eagle3_offline.training.metrics import read_metrics
 from ..small_runs import Cli, losses, own_environment, weights, write_recipe
 
 
-@pytest.fixture(scope="session")
-def trained(dumped, tmp_path_factory) -> Cli:
-    """An uninterrupted training of 12 steps."""
-    cli = dumped.copy(tmp_path_factory.mktemp("trained") / "run")
-    cli.stage("train")
-    return cli
-
-
 def test_training_lowers_the_loss_and_writes_every_step(trained):
     lines = read_metrics(Run(trained.run).draft("draft") / "metrics.csv")
     assert [line["step"] for line in lines] == list(range(1, 13))
