@@ -279,10 +279,16 @@ def cold(scratch: Path) -> dict[str, Any]:
 
 
 def copy_raw(folder: Path, order: list[int], threads: int) -> None:
-    """Copy every sample out of its memory map, thread t of n every n-th one."""
+    """Copy every sample out of its memory map, thread t of n every n-th one, into memory that is used again, as the store's is."""
+
+    def share(thread: int) -> None:
+        memory = np.empty(max((folder / f"data_{i}.bin").stat().st_size for i in order) // 2, np.uint16)
+        for i in order[thread::threads]:
+            sample = np.memmap(folder / f"data_{i}.bin", np.uint16, "r")
+            memory[: len(sample)] = sample
+
     with ThreadPoolExecutor(threads) as pool:
-        share = lambda thread: [np.array(np.memmap(folder / f"data_{i}.bin", np.uint16, "r")) for i in order[thread::threads]]  # noqa: E731
-        list(pool.map(lambda thread: len(share(thread)), range(threads)))
+        list(pool.map(share, range(threads)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
