@@ -143,6 +143,8 @@ def fit(published: Published, wanted: DraftSettings, held: tuple[int, ...]) -> P
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if ours != theirs:
             problems.append(f"{name} is {theirs!r} in the draft, {ours!r} by the recipe and the dump's target")
+    if found.rope_parameters != wanted.rope_parameters:
+        problems.append("to train it on with the target's rotary embedding, write that into the draft's config.json")
     if missing := sorted({*found.layers} - {*held}):
         problems.append(f"the draft reads the boundaries {missing}, the dump holds {list(held)}")
     if problems:

@@ -18,8 +18,8 @@ from .test_phase_two import wait_for_step
 
 def ranks_of(parent: int) -> list[int]:
     """Process ids of a parent's children."""
-    text = subprocess.run(["ps", "--ppid", str(parent), "-o", "pid="], capture_output=True, text=True).stdout
-    return [int(word) for word in text.split()]
+    with open(f"/proc/{parent}/task/{parent}/children") as handle:
+        return [int(word) for word in handle.read().split()]
 
 
 def alive(pid: int) -> bool:
