@@ -89,6 +89,12 @@ class RegenerateConfig:
     top_k: int = opt(0, "sample among the k most likely tokens; 0: off")
     min_p: float = opt(0.0, "drop tokens less likely than this share of the likeliest; 0: off")
     max_tokens: int = opt(1024, "longest answer in tokens; a longer one is cut, kept and marked finish_reason `length`")
+    reasoning: Literal["keep", "drop", "off"] = opt(
+        "keep",
+        "of targets that think. keep: thoughts stay in the history of later turns, a conversation is one token row; drop: each answer has "
+        "its thought, later turns see the answers alone, as the chat template renders them, so each turn is a token row of its own; off: "
+        "as drop, with the template's switch (enable_thinking) set to false",
+    )
     seed: int = opt(
         0, "seed of sampling; each row draws from (seed, row id), whatever the batch (SGLang: with enable_deterministic_inference only)"
     )
@@ -341,6 +347,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(a for a in args if a is not type(None)), name)
     if origin is Literal:
+        value = "off" if value is False and "off" in args else value  # YAML 1.1 reads off as false
         if value not in args:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
         return value

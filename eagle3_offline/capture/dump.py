@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import Recipe
-from ..conversations.token_rows import answer_tokens, read_token_rows
+from ..conversations.token_rows import answer_tokens, read_token_rows, token_row_ids
 from ..progress import StageProgress
 from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, UserError
 from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
@@ -84,7 +84,7 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     chosen = [unit for unit in plan.select(numbers) if unit in needed]
     todo = [unit for unit in chosen if not store_seal.sealed(run.dump, unit.unit)]
     check_space(run, spec, todo, recipe.dump.force)
-    with StageProgress(STAGE, sum(len(unit.rows) for unit in todo)) as progress:
+    with StageProgress(STAGE, sum(len(token_row_ids(run, unit)) for unit in todo)) as progress:
         failed = _dump_units(run, todo, target, spec, recipe, stop, progress)
     if failed:
         first = min(failed)
@@ -209,7 +209,7 @@ def token_batches(rows: list[TokenRow], limit: int) -> Iterator[list[TokenRow]]:
 
 def _summary(run: Run, units: list[Unit], recipe: Recipe) -> Summary:
     rejected = sum(len(run.read_rejects(STAGE, unit.unit)) for unit in units)
-    given = sum(len(unit.rows) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
+    given = sum(len(token_row_ids(run, unit)) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
     check_rejected(STAGE, given - rejected, rejected, recipe.max_rejected, run.errors(STAGE))
     return {"done": given - rejected, "rejected": rejected, "units": [unit.unit for unit in units]}
 
@@ -271,5 +271,5 @@ def seal(run: Run, spec: DumpSpec, allow_partial: bool = False) -> Summary:
     """Join the parts of all needed units into one dump with its manifest. Refuses gaps unless allow_partial."""
     plan = run.read_plan()
     units = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
-    manifest = store_seal.seal(run.dump, spec, [(unit.unit, unit.split, unit.rows) for unit in units], allow_partial)
+    manifest = store_seal.seal(run.dump, spec, [(unit.unit, unit.split, token_row_ids(run, unit)) for unit in units], allow_partial)
     return manifest["counts"]
