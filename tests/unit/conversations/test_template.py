@@ -89,9 +89,8 @@ def test_dropped_thoughts_are_in_their_answer_and_not_in_the_history():
     wanted = ids(ASKED + "yes<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n")
     assert template.next_prompt([*ids(ASKED), *answer], HISTORY) == wanted
     assert template.spoken(ids("no thought<|im_end|>")) == "no thought"
-    assert (
-        template.spoken(ids("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes<|im_end|>")) == "yes"
-    )
+    harmony = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes<|im_end|>"  # gpt-oss
+    assert template.spoken(ids(harmony)) == "yes"
 
 
 def test_thinking_turned_off_is_an_empty_thought_in_the_prompt_alone():
