@@ -53,7 +53,9 @@ class TargetConfig:
         "auto", "what runs the target; auto: SGLang where it is installed and there is a GPU, else transformers, embedded"
     )
     sglang: dict[str, Any] = opt({}, "arguments for the SGLang that is started here, passed on untouched, such as {tp_size: 2}")
-    layers: list[int] = opt([], "boundary indices of the captured layers (0 is the embedding's output); empty: [2, L//2, L-3]")
+    layers: list[int] = opt(
+        [], "boundary indices of the captured layers (0: the embedding's output, L: what enters the final norm); empty: [2, L//2, L-3]"
+    )
     max_length: int = opt(4096, "longest row in tokens, prompt and answers together; longer rows are rejected")
     chat_template: str | None = opt(None, "file with a chat template of your own; none: the tokenizer's")
     trust_remote_code: bool = opt(False, "run Python code that the target's folder brings along")

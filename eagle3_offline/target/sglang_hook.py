@@ -5,7 +5,10 @@ batch comes as one flat run of tokens; when the head is reached, each request's 
 `read_row` joins a row's pieces in the process that asked for it. Nothing here may raise inside SGLang, which would take the
 server down without a reason: what is wrong goes to ERROR, and from then on nothing is captured.
 
-Legend: N tokens of a batch, T tokens of a row, S states (the boundaries, then the last), H hidden size.
+A row of a compact dump has a file with its teachers' positions; its states are reduced here, on the device, with the Reducer that lies
+in REDUCER, before they are copied to the host.
+
+Legend: N tokens of a batch or a piece, T tokens of a row, S states (the boundaries, then the last), H hidden size, n teachers.
 """
 
 from __future__ import annotations
@@ -19,8 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .engine import Asked
+from .reduction import Reducer, to_storage
+
 RID = "eagle3-"  # prefix of our request ids: health checks and warm-ups are not captured
 ERROR = "error.txt"
+REDUCER = "reducer.safetensors"
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,7 +36,8 @@ STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def hook_specs(layers: tuple[int, ...], folder: Path, dtype: str) -> list[dict[str, Any]]:
-    """The value of `--forward-hooks`. Boundary b is what leaves layer b - 1; boundary 0 what leaves the embedding."""
+    """The value of `--forward-hooks`. Boundary b is what leaves layer b - 1 (the last layer: L, before the final norm); boundary 0 is
+    what leaves the embedding."""
     config = {"folder": str(folder), "layers": list(layers), "dtype": dtype}
 
     def spec(name: str, module: str, factory: str, **more: int) -> dict[str, Any]:
@@ -41,27 +49,48 @@ def hook_specs(layers: tuple[int, ...], folder: Path, dtype: str) -> list[dict[s
     return [*boundaries, spec("head", "*logits_processor", "head")]
 
 
-def read_row(folder: Path, rid: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [T] and states [S, T, H] of a finished request, joined from its pieces; their files are removed.
+def write_teachers(folder: Path, rid: str, row: Asked) -> None:
+    """Have the request's states reduced."""
+    with open(_teachers_path(folder, rid), "wb") as handle:
+        np.save(handle, row.teachers)
+        np.save(handle, row.following)
 
+
+def _teachers_path(folder: Path, rid: str) -> Path:
+    return folder / f".{rid}.teachers"
+
+
+def read_row(folder: Path, rid: str, length: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Token ids [T] of a finished request and its arrays, joined from its pieces; their files are removed.
+
+    Arrays: the states [S, T, H]; of a reduced row the projection [T, r], ids and log probabilities [n, k], normaliser [n, 1].
     Raises CaptureError where the pieces are not the row's `length` tokens exactly once.
     """
     paths = sorted(folder.glob(f"{rid}.*.npy"))  # the prefix length in the name has leading zeros
-    ids, states, end = [], [], 0
+    ids, pieces, end = [], [], 0
     for path in paths:
         start = int(path.name.split(".")[-2])
-        with open(path, "rb") as handle:
-            ids.append(np.load(handle))
-            states.append(np.load(handle))
+        first, *arrays = _load(path)
+        ids.append(first)
+        pieces.append(arrays)
         if start != end:
             break
         end += len(ids[-1])
     found = [(int(path.name.split(".")[-2])) for path in paths]
-    for path in paths:
-        path.unlink()
+    for path in (*paths, _teachers_path(folder, rid)):
+        path.unlink(missing_ok=True)
     if not paths or end != length or sum(map(len, ids)) != length:
         raise CaptureError(f"{end} tokens in pieces that start at {found}, expected {length} without a gap")
-    return np.concatenate(ids), states[0] if len(states) == 1 else np.concatenate(states, axis=1)
+    return np.concatenate(ids), pieces[0] if len(pieces) == 1 else [np.concatenate(parts, axis=-2) for parts in zip(*pieces, strict=True)]
+
+
+def _load(path: Path) -> list[np.ndarray]:
+    """All arrays of a file."""
+    found = []
+    with open(path, "rb") as handle:
+        while handle.tell() < path.stat().st_size:
+            found.append(np.load(handle))
+    return found
 
 
 class CaptureError(Exception):
@@ -76,8 +105,8 @@ def boundary(config: dict[str, Any]) -> Callable[..., None]:
     """The hook of a decoder layer (or the embedding): keep the residual stream that leaves it."""
     capture = _capture(config)
 
-    def hook(_module: torch.nn.Module, _args: tuple, output: Any) -> None:
-        capture.guard(capture.keep, config["boundary"], output)
+    def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        capture.guard(capture.keep, config["boundary"], output, args, hasattr(module, "ffn_boundary"))
 
     return hook
 
@@ -99,6 +128,7 @@ class Capture:
         self.folder, self.layers, self.dtype = folder, layers, dtype
         self.kept: dict[int, Tensor] = {}  # boundary -> [N, H]
         self.failed = False
+        self._reducer: Reducer | None = None
 
     def guard(self, work: Callable[..., None], *args: Any) -> None:
         """Do the work; note the first thing that goes wrong."""
@@ -113,10 +143,20 @@ class Capture:
             temporary.write_text(f"{type(error).__name__}: {error}" if not isinstance(error, CaptureError) else str(error))
             temporary.rename(self.folder / ERROR)
 
-    def keep(self, number: int, output: Any) -> None:
-        """The sum of hidden states and residual, as a tensor of its own: SGLang's norms work in place."""
+    def keep(self, number: int, output: Any, args: tuple = (), streams: bool = False) -> None:
+        """The sum of hidden states and residual, as a tensor of its own: SGLang's norms work in place.
+
+        Layers of some models (Llama) return both. Those of others (Qwen3, gpt-oss) return what they add, and leave the residual with
+        the batch, one of their arguments. streams: the layer is one of these.
+        """
         if number in self.kept:
             raise CaptureError(f"two modules of the target look like the one of boundary {number}; it has more than one stack of layers")
+        stream = next((arg.residual_stream for arg in args if getattr(arg, "residual_stream", None) is not None), None)
+        if stream is not None:
+            self.kept[number] = stream.snapshot(output)
+            return
+        if streams:
+            raise CaptureError(f"the layer of boundary {number} leaves its residual where it was not found; use the transformers engine")
         parts = output if isinstance(output, tuple) else (output, None)
         if len(parts) != 2 or not isinstance(parts[0], Tensor) or not isinstance(parts[1], Tensor | None):
             kinds = ", ".join(type(part).__name__ for part in parts)
@@ -145,22 +185,35 @@ class Capture:
         states = [kept[b] for b in self.layers] + [last]
         if wrong := [list(state.shape) for state in states if state.dim() != 2 or len(state) != sum(lengths)]:
             raise CaptureError(f"states are {wrong}, expected [{sum(lengths)}, H]: the batch is split over ranks, or padded")
-        flat = torch.stack([state.to(self.dtype) for state in states]).cpu()  # [S, N, H]
-        stored = flat.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else flat.numpy()
         ids, start = input_ids.to(torch.int32).cpu().numpy(), 0
         for rid, length, prefix in zip(rids, lengths, prefixes, strict=True):
             if rid.startswith(RID):
-                self._write_piece(rid, prefix, ids[start : start + length], stored[:, start : start + length])
+                piece = [state[start : start + length].to(self.dtype) for state in states]
+                self._write_piece(rid, prefix, [ids[start : start + length], *self._arrays(rid, prefix, piece)])
             start += length
 
-    def _write_piece(self, rid: str, prefix: int, ids: np.ndarray, states: np.ndarray) -> None:
+    def _arrays(self, rid: str, prefix: int, states: list[Tensor]) -> list[np.ndarray]:
+        """What is written of a piece's states, each [N, H]: see `read_row`."""
+        path = _teachers_path(self.folder, rid)
+        if not path.is_file():
+            return [to_storage(torch.stack(states))]
+        *aux, last = states
+        teachers, following = _load(path)  # [n] of the whole row
+        here = (teachers >= prefix) & (teachers < prefix + len(last))
+        if self._reducer is None:
+            self._reducer = Reducer.load(self.folder / REDUCER).on(last.device)
+        at = torch.from_numpy(teachers[here] - prefix).to(last.device)
+        reduced = self._reducer(torch.cat(aux, dim=1), last[at], following[here])
+        return [reduced.aux, reduced.top.ids, reduced.top.log_probs, reduced.top.log_normaliser[:, None]]
+
+    def _write_piece(self, rid: str, prefix: int, arrays: list[np.ndarray]) -> None:
         if prefix == 0:  # a request that was taken back starts again
             for old in self.folder.glob(f"{rid}.*.npy"):
                 old.unlink()
         temporary = self.folder / f".{rid}.{os.getpid()}"
         with open(temporary, "wb") as handle:
-            np.save(handle, ids)
-            np.save(handle, states)
+            for array in arrays:
+                np.save(handle, array)
         temporary.rename(self.folder / f"{rid}.{prefix:09d}.npy")
 
 
