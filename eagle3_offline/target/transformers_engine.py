@@ -89,19 +89,19 @@ class TransformersEngine:
         """Hidden states of rows [T], from one batch."""
         return [
             States({b: to_storage(state) for b, state in zip(self.layers, aux, strict=True)}, to_storage(last))
-            for aux, last in self._states(rows)
+            for aux, last in self.states(rows)
         ]
 
     @torch.inference_mode()
     def reduced(self, rows: list[Asked]) -> list[Reduced]:
         """What a compact dump keeps of rows, from one batch."""
-        states = self._states([row.ids for row in rows])
+        states = self.states([row.ids for row in rows])
         return [
             self.reducer(torch.cat(aux, dim=1), last[torch.from_numpy(row.teachers).to(self.device)], row.following)
             for row, (aux, last) in zip(rows, states, strict=True)
         ]
 
-    def _states(self, rows: list[np.ndarray]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def states(self, rows: list[np.ndarray]) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Of each row: the boundaries and the last state, each [T, H], on the device."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, P], right-padded: causal rows never see it
