@@ -153,7 +153,7 @@ class Capture:
             raise CaptureError(f"two modules of the target look like the one of boundary {number}; it has more than one stack of layers")
         stream = next((arg.residual_stream for arg in args if getattr(arg, "residual_stream", None) is not None), None)
         if stream is not None:
-            self.kept[number] = stream.snapshot(output)
+            self.kept[number] = _snapshot(stream, output)
             return
         if streams:
             raise CaptureError(f"the layer of boundary {number} leaves its residual where it was not found; use the transformers engine")
@@ -215,6 +215,17 @@ class Capture:
             for array in arrays:
                 np.save(handle, array)
         temporary.rename(self.folder / f"{rid}.{prefix:09d}.npy")
+
+
+def _snapshot(stream: Any, output: Any) -> Tensor:
+    """[N, H]: the residual with what the layer adds; sums over ranks that the layer owes are done on a copy, by every rank's hook."""
+    try:
+        return stream.snapshot(output)
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"SGLang leaves part of a layer's work to the next one ({error}): set "
+            f"target.sglang.enforce_disable_flashinfer_allreduce_fusion=true, or use the transformers engine"
+        ) from None
 
 
 _captures: dict[str, Capture] = {}  # one per server; the hooks of all modules share it
