@@ -133,13 +133,14 @@ def grouped_attention(
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers of a transformers causal language model."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise UserError(
-            f"{type(model).__name__} has no `model.layers`: its decoder layers could not be found, so nothing can be captured from it"
-        )
-    return layers
+    """The decoder layers of a transformers causal language model, or of the language part of one that also reads images."""
+    for part in (model.base_model, getattr(model.base_model, "language_model", None)):
+        if isinstance(layers := getattr(part, "layers", None), torch.nn.ModuleList):
+            return layers
+    raise UserError(
+        f"{type(model).__name__} has neither `model.layers` nor `model.language_model.layers`: its decoder layers could not be found, "
+        f"so nothing can be captured from it"
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 
 from eagle3_offline.records import UserError
 from eagle3_offline.target.engine import Request, Sampling, capture_layers
+from eagle3_offline.target.folder import head_tensors
 from eagle3_offline.target.transformers_engine import TransformersEngine, truncate
 
 from ...families import FAMILIES, make_family
@@ -57,16 +58,24 @@ def test_the_last_boundary_is_what_enters_the_final_norm(random_target):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, random_target, tmp_path):
-    """The layers are found, boundaries are hidden_states[b], and boundary L is what the final norm makes the last state of."""
-    engine = TransformersEngine(make_family(family, random_target, tmp_path / family), (0, 1, 2, 4), "float32")
+    """The layers are found, boundaries are hidden_states[b], and the head's tensors make the logits of boundary L."""
+    folder = make_family(family, random_target, tmp_path / family)
+    engine = TransformersEngine(folder, (0, 1, 2, 4), "float32")
     short, row = rows(2)
     _, states = engine.prefill([short, row])
     with torch.no_grad():
         out = engine.model(torch.from_numpy(row)[None].long(), output_hidden_states=True)
-        assert np.allclose(engine.model.base_model.norm(torch.from_numpy(states.aux[4])), states.last, atol=1e-5)
     for b in (0, 1, 2):
         assert np.allclose(states.aux[b], out.hidden_states[b][0], atol=1e-4)
     assert np.allclose(states.last, out.hidden_states[4][0], atol=1e-4)
+    tensors, before = head_tensors(folder, "float32"), torch.from_numpy(states.aux[4])
+    last = before * (before.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * tensors["norm.weight"]
+    assert np.allclose(last, states.last, atol=1e-3)
+    logits = last @ tensors["lm_head.weight"].T
+    if family == "gemma2":
+        logits = 30 * torch.tanh(logits / 30)  # its soft-capping
+    assert torch.allclose(logits, out.logits[0], atol=1e-2)
+    assert torch.equal(tensors["embed_tokens.weight"], engine.model.get_input_embeddings().weight)
 
 
 def test_batched_greedy_answers_equal_those_alone(engine):
