@@ -131,7 +131,7 @@ class DumpConfig:
     top_k: int = opt(16, "compact: how many of the largest logits are kept of each teacher")
     batch_tokens: int = opt(4096, "tokens of one prefill batch")
     writer_threads: int = opt(2, "threads that encode beside the engine; 0: none, everything in the writer's own thread")
-    force: bool = opt(False, "dump although the estimate says that the disk will not hold it")
+    force: bool = opt(False, "go on although the estimate says that the disk will not hold the dump")
 
     def __post_init__(self) -> None:
         positive(self, "dump", "batch_tokens", "rank", "top_k")

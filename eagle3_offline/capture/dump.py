@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 from ..config import Recipe
 from ..conversations.token_rows import answer_tokens, read_token_rows, token_row_ids
@@ -14,7 +12,7 @@ from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, User
 from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
-from ..store.estimate import estimate
+from ..store.estimate import estimate, refuse_full_disk
 from ..store.format import Compact, DumpSpec, last_positions
 from ..store.numeric import all_finite
 from ..store.places import is_remote
@@ -129,16 +127,11 @@ def check_space(run: Run, spec: DumpSpec, units: list[Unit], force: bool) -> Non
     """Refuse to begin what the disk will not hold. For object storage that is one unit at a time, in the run folder."""
     if not units:
         return
-    where = run.folder if is_remote(run.dump) else Path(run.dump)
-    folder = next(path for path in (where, *where.absolute().parents) if path.is_dir())
     sizes = [_estimated_bytes(run, spec, unit) for unit in units]
-    needed = max(sizes) if is_remote(run.dump) else sum(sizes)
-    free = shutil.disk_usage(folder).free
-    if needed > free and not force:
-        raise UserError(
-            f"the dump of {len(units)} units is estimated at {needed / 1e9:,.2f} GB, {folder} has {free / 1e9:,.2f} GB free: make room, "
-            f"choose another codec or mode (see `store estimate`), or dump nevertheless with --set dump.force=true"
-        )
+    if is_remote(run.dump):
+        refuse_full_disk(run.folder, max(sizes), "a unit's part", force)
+    else:
+        refuse_full_disk(run.dump, sum(sizes), f"the dump of {len(units)} units", force)
 
 
 def _estimated_bytes(run: Run, spec: DumpSpec, unit: Unit) -> int:

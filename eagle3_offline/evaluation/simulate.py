@@ -33,9 +33,9 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
     with StageProgress("evaluate", len(rows)) as progress:
 
         def samples():  # noqa: ANN202
-            for i in rows:
-                yield dump.sample(int(i), trained.head.settings.layers)
-                progress.advance(1, int(dump.lengths[i]))
+            for sample in dump.samples(rows, trained.head.settings.layers):
+                yield sample
+                progress.advance(1, len(sample.input_ids))
 
         result = measure(
             trained.head, samples(), embed=target["embed_tokens.weight"].float(), target_ids=trained.target_ids, chain=config.chain,
