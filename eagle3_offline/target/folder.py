@@ -19,7 +19,9 @@ CARRIED = (  # small files that travel with the dump
     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 HEAD_TENSORS = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
-NORMS_FROM_ZERO = ("gemma", "gemma2", "gemma3", "gemma3_text")  # model types whose norms multiply by 1 + weight
+NORMS_FROM_ZERO = (  # model types whose norms multiply by 1 + weight
+    "gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+)  # fmt: skip
 
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:
@@ -88,20 +90,37 @@ def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
 
     norm.weight is what the normed state is multiplied by: of a Gemma one more than its weights.
     """
+    found = _read_tensors(folder, HEAD_TENSORS)
+    found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
+    if missing := [name for name in HEAD_TENSORS if found.get(name) is None]:
+        raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
+    found["norm.weight"] = _effective(found["norm.weight"], folder)
+    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
+
+
+def final_norm(folder: Path) -> Tensor:
+    """[H] fp32: norm.weight alone, as `head_tensors` has it."""
+    found = _read_tensors(folder, ("norm.weight",))
+    if not found:
+        raise UserError(f"{folder}: no norm.weight among its weights, which training needs")
+    return _effective(found["norm.weight"], folder)
+
+
+def _effective(norm: Tensor, folder: Path) -> Tensor:
+    return norm.float() + (1 if text_config(folder).get("model_type") in NORMS_FROM_ZERO else 0)
+
+
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of these tensors that the language model has."""
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                if (plain := _without_prefixes(name)) in HEAD_TENSORS:
+                if (plain := _without_prefixes(name)) in names:
                     found[plain] = handle.get_tensor(name)
                 if name.endswith("lm_head.bias"):
                     raise UserError(f"{path} has an lm_head.bias; teachers of the form softmax(W h) only are supported so far")
-    found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
-    if missing := [name for name in HEAD_TENSORS if found.get(name) is None]:
-        raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
-    if text_config(folder).get("model_type") in NORMS_FROM_ZERO:
-        found["norm.weight"] = 1 + found["norm.weight"].float()
-    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
+    return found
 
 
 def _without_prefixes(name: str) -> str:

@@ -23,9 +23,9 @@ import torch
 
 from ..records import EngineFailed, TopLogits, UserError
 from .engine import Asked, Reduced, States
-from .folder import text_config
+from .folder import final_norm, text_config
 from .reduction import Reducer
-from .sglang_hook import ERROR, REDUCER, RID, CaptureError, hook_specs, read_row, write_teachers
+from .sglang_hook import ERROR, NORM, REDUCER, RID, CaptureError, hook_specs, read_row, write_teachers
 from .sglang_server import LONGER, SglangServer, check_options, command_line, cpu_options, require_tested_version
 
 AHEAD = 2  # batches that the engine has at once: it works on one while the caller stores the other
@@ -63,6 +63,7 @@ class SglangEngine:
                 "boundary 0 of a Gemma is its scaled embedding, which no module of SGLang's returns: leave 0 out of target.layers"
             )
         self._scratch, self._lock = make_scratch(AHEAD * batch_bytes + (reducer.bytes if reducer else 0))
+        np.save(self._scratch / "states" / NORM, final_norm(folder).numpy())
         if reducer is not None:
             reducer.save(self._scratch / "states" / REDUCER)
         cpu = not torch.cuda.is_available()
@@ -72,7 +73,7 @@ class SglangEngine:
                 "disable_radix_cache": True,  # a cached prefix is not computed again, so not captured
                 "disable_cuda_graph": True,  # a replayed graph runs no hooks
                 **(options or {}),
-                "forward_hooks": hook_specs(layers, self._scratch / "states", dtype),
+                "forward_hooks": hook_specs(layers, self._scratch / "states", dtype, text_config(folder)["num_hidden_layers"]),
             }
         )
         self._server = SglangServer(words, log, cpu, temporary=self._scratch / "tmp")

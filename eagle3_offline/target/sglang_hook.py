@@ -25,9 +25,11 @@ from torch import Tensor
 from .engine import Asked
 from .reduction import Reducer, to_storage
 
+ALIKE = 0.99  # cosine of the last state and what the final norm should make of boundary L; without the residual it is far less
 RID = "eagle3-"  # prefix of our request ids: health checks and warm-ups are not captured
 ERROR = "error.txt"
 REDUCER = "reducer.safetensors"
+NORM = "norm.npy"  # [H] fp32, what the final norm multiplies by
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,17 +37,17 @@ STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # In the process that starts the server and asks for rows
 
 
-def hook_specs(layers: tuple[int, ...], folder: Path, dtype: str) -> list[dict[str, Any]]:
+def hook_specs(layers: tuple[int, ...], folder: Path, dtype: str, depth: int) -> list[dict[str, Any]]:
     """The value of `--forward-hooks`. Boundary b is what leaves layer b - 1 (the last layer: L, before the final norm); boundary 0 is
-    what leaves the embedding."""
-    config = {"folder": str(folder), "layers": list(layers), "dtype": dtype}
+    what leaves the embedding. depth: L, which is captured in any case, to check the first batch with."""
+    config = {"folder": str(folder), "layers": list(layers), "dtype": dtype, "depth": depth}
 
     def spec(name: str, module: str, factory: str, **more: int) -> dict[str, Any]:
         hook_factory = f"{__name__}:{factory}"
         return {"name": name, "target_modules": [module], "hook_factory": hook_factory, "config": {**config, **more}}
 
-    modules = {b: f"*layers.{b - 1}" if b else "*embed_tokens" for b in layers}
-    boundaries = [spec(f"boundary {b}", modules[b], "boundary", boundary=b) for b in layers]
+    modules = {b: f"*layers.{b - 1}" if b else "*embed_tokens" for b in {*layers, depth}}
+    boundaries = [spec(f"boundary {b}", modules[b], "boundary", boundary=b) for b in sorted(modules)]
     return [*boundaries, spec("head", "*logits_processor", "head")]
 
 
@@ -124,21 +126,22 @@ def head(config: dict[str, Any]) -> Callable[..., None]:
 class Capture:
     """What one forward pass has left so far."""
 
-    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: torch.dtype):
-        self.folder, self.layers, self.dtype = folder, layers, dtype
+    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: torch.dtype, depth: int):
+        self.folder, self.layers, self.dtype, self.depth = folder, layers, dtype, depth
+        self.checked = False  # whether boundary L was seen to be what the final norm reads
         self.kept: dict[int, Tensor] = {}  # boundary -> [N, H]
         self.failed = False
         self._reducer: Reducer | None = None
 
     def guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do the work; note the first thing that goes wrong."""
-        if self.failed:
-            return
+        """Do the work; note the first thing that goes wrong. Layers are read on, since sums over ranks need every rank's hook."""
         try:
             work(*args)
         except Exception as error:
-            self.failed = True
             self.kept.clear()
+            if self.failed:
+                return
+            self.failed = True
             temporary = self.folder / f".{ERROR}"
             temporary.write_text(f"{type(error).__name__}: {error}" if not isinstance(error, CaptureError) else str(error))
             temporary.rename(self.folder / ERROR)
@@ -149,6 +152,8 @@ class Capture:
         Layers of some models (Llama) return both. Those of others (Qwen3, gpt-oss) return what they add, and leave the residual with
         the batch, one of their arguments. streams: the layer is one of these.
         """
+        if self.checked and number not in self.layers:
+            return
         if number in self.kept:
             raise CaptureError(f"two modules of the target look like the one of boundary {number}; it has more than one stack of layers")
         stream = next((arg.residual_stream for arg in args if getattr(arg, "residual_stream", None) is not None), None)
@@ -169,6 +174,8 @@ class Capture:
     def write(self, args: tuple) -> None:
         """One file for each request's piece of the batch, on the first rank."""
         kept, self.kept = self.kept, {}
+        if self.failed:
+            return
         if len(args) < 4:
             raise CaptureError(f"the logits processor got {len(args)} positional arguments, expected ids, states, head and batch")
         input_ids, last, _, batch = args[:4]
@@ -177,20 +184,34 @@ class Capture:
             return
         if batch.forward_mode.is_mixed():
             raise CaptureError("a batch mixes prefill and decoding; start SGLang without --enable-mixed-chunk")
-        if missing := [b for b in self.layers if b not in kept]:
+        if missing := sorted({*self.layers, *([] if self.checked else [self.depth])} - {*kept}):
             raise CaptureError(f"no module of the target looks like the one of boundaries {missing}: its decoder layers were not found")
+        lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
+        if wrong := [list(state.shape) for state in (*kept.values(), last) if state.dim() != 2 or len(state) != sum(lengths)]:
+            raise CaptureError(f"states are {wrong}, expected [{sum(lengths)}, H]: the batch is split over ranks, or padded")
+        self._check(kept, last)
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return  # every rank has the same states; the first one writes
-        lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
         states = [kept[b] for b in self.layers] + [last]
-        if wrong := [list(state.shape) for state in states if state.dim() != 2 or len(state) != sum(lengths)]:
-            raise CaptureError(f"states are {wrong}, expected [{sum(lengths)}, H]: the batch is split over ranks, or padded")
         ids, start = input_ids.to(torch.int32).cpu().numpy(), 0
         for rid, length, prefix in zip(rids, lengths, prefixes, strict=True):
             if rid.startswith(RID):
                 piece = [state[start : start + length].to(self.dtype) for state in states]
                 self._write_piece(rid, prefix, [ids[start : start + length], *self._arrays(rid, prefix, piece)])
             start += length
+
+    def _check(self, kept: dict[int, Tensor], last: Tensor) -> None:
+        """Once: the final norm makes the last states of boundary L. A residual that the hooks do not see would show here."""
+        if self.checked:
+            return
+        norm = torch.from_numpy(np.load(self.folder / NORM)).to(last.device)  # [H]
+        alike = torch.nn.functional.cosine_similarity(kept[self.depth].float() * norm, last.float(), dim=-1)  # [N]; no scale of a token's
+        if not (found := float(alike.median())) >= ALIKE:
+            raise CaptureError(
+                f"what leaves the last layer is not what the final norm reads (cosine {found:.2f}, expected 1): the whole residual stream "
+                f"is not seen in this model; use the transformers engine"
+            )
+        self.checked = True
 
     def _arrays(self, rid: str, prefix: int, states: list[Tensor]) -> list[np.ndarray]:
         """What is written of a piece's states, each [N, H]: see `read_row`."""
@@ -234,5 +255,5 @@ _captures: dict[str, Capture] = {}  # one per server; the hooks of all modules s
 def _capture(config: dict[str, Any]) -> Capture:
     folder = config["folder"]
     if folder not in _captures:
-        _captures[folder] = Capture(Path(folder), tuple(config["layers"]), STORED[config["dtype"]])
+        _captures[folder] = Capture(Path(folder), tuple(config["layers"]), STORED[config["dtype"]], config["depth"])
     return _captures[folder]

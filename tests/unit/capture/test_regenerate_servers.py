@@ -208,6 +208,15 @@ def test_each_turn_is_a_token_row_with_the_history_that_a_server_sees(thinking, 
     assert [dump.ids(n) for n in range(4)] == list(rows)
 
 
+def test_a_turn_whose_prompt_begins_with_all_ids_so_far_goes_on_in_their_row(thinking):
+    """Under drop, where there was no thought to drop."""
+    cli = thinking([*ANSWER, 2], "--reasoning", "drop")
+    rows = {row.id: row for row in read_token_rows(Run(cli.run).tokens(0))}
+    assert {name: len(row.turns) for name, row in rows.items()} == {"long": 3, "short": 1}
+    for start, end in rows["long"].turns:
+        assert rows["long"].input_ids[start:end].tolist() == [*ANSWER, 2]
+
+
 def test_kept_thoughts_are_one_row(thinking, random_target):
     cli = thinking([*ANSWER, 2])
     rows = {row.id: row for row in read_token_rows(Run(cli.run).tokens(0))}

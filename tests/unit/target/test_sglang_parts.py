@@ -12,7 +12,7 @@ from eagle3_offline.target.engine import Asked, Request
 from eagle3_offline.target.reduction import Reducer
 from eagle3_offline.target.serve import without
 from eagle3_offline.target.server_pool import completion, normal_url, retry_after
-from eagle3_offline.target.sglang_hook import ERROR, REDUCER, CaptureError, hook_specs, read_row, write_teachers
+from eagle3_offline.target.sglang_hook import ERROR, NORM, REDUCER, CaptureError, hook_specs, read_row, write_teachers
 
 H = 4
 
@@ -90,8 +90,10 @@ def batch(pieces, **mode):
 
 @pytest.fixture
 def model(tmp_path):
-    """run(pieces): a forward pass in which boundary b of token t is 100 b + t, through the hooks that SGLang would register."""
-    specs = hook_specs((0, 2), tmp_path, "float32")
+    """run(pieces): a forward pass of two layers in which boundary b of token t is 100 b + t, through the hooks that SGLang would
+    register."""
+    specs = hook_specs((0, 2), tmp_path, "float32", depth=2)
+    np.save(tmp_path / NORM, np.ones(H, np.float32))
     hooks = [getattr(sglang_hook, spec["hook_factory"].split(":")[1])(spec["config"]) for spec in specs]
     assert [spec["target_modules"] for spec in specs] == [["*embed_tokens"], ["*layers.1"], ["*logits_processor"]]
 
@@ -121,7 +123,7 @@ def test_pieces_of_a_row_are_joined_and_others_are_left_alone(model, tmp_path):
     for rid, length in (("eagle3-0-0", 5), ("eagle3-0-1", 7)):
         ids, (states,) = read_row(tmp_path, rid, length)
         assert ids.tolist() == list(range(length)) and np.array_equal(states, expected(length))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [NORM]
 
 
 def test_a_row_that_starts_again_is_taken_from_there(model, tmp_path):
@@ -152,7 +154,7 @@ def test_a_row_of_a_compact_dump_is_reduced_in_the_scheduler(model, tmp_path):
         assert np.array_equal(top_ids, wanted.top.ids) and np.allclose(log_probs, wanted.top.log_probs, rtol=1e-3)
         assert np.allclose(normaliser[:, 0], wanted.top.log_normaliser, rtol=1e-6)
     assert np.array_equal(read_row(tmp_path, "eagle3-0-2", 2)[1][0], expected(2))
-    assert [path.name for path in tmp_path.iterdir()] == [REDUCER]
+    assert {path.name for path in tmp_path.iterdir()} == {NORM, REDUCER}
 
 
 def test_a_layer_that_leaves_its_residual_with_the_batch(tmp_path):
@@ -162,7 +164,7 @@ def test_a_layer_that_leaves_its_residual_with_the_batch(tmp_path):
         def snapshot(self, output):
             return output + 5
 
-    capture = sglang_hook.Capture(tmp_path, (1, 2), torch.float32)
+    capture = sglang_hook.Capture(tmp_path, (1, 2), torch.float32, depth=2)
     capture.guard(capture.keep, 1, torch.ones(2, H), (torch.arange(2), types.SimpleNamespace(residual_stream=Stream())), True)
     assert capture.kept[1].tolist() == [[6.0] * H] * 2
     capture.guard(capture.keep, 2, torch.ones(2, H), (torch.arange(2), types.SimpleNamespace(residual_stream=None)), True)
@@ -175,7 +177,7 @@ def test_a_row_with_a_gap_is_refused(model, tmp_path, pieces):
         model([("eagle3-0-0", prefix, length)])
     with pytest.raises(CaptureError, match="expected 8 without a gap"):
         read_row(tmp_path, "eagle3-0-0", 8)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [NORM]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,31 @@ def test_what_cannot_be_captured_is_written_down_and_never_raised(model, tmp_pat
     model([("eagle3-0-0", 0, 5)], **how)
     assert re.search(message, (tmp_path / ERROR).read_text())
     model([("eagle3-0-0", 0, 5)])  # from then on nothing is captured
-    assert [path.name for path in tmp_path.iterdir()] == [ERROR]
+    assert {path.name for path in tmp_path.iterdir()} == {NORM, ERROR}
+
+
+def test_boundary_l_is_checked_once_and_need_not_be_asked_for(tmp_path):
+    """The final norm (2 x of the first channel) makes the last state of it; a state that it does not make is refused."""
+    norm, state = torch.tensor([2.0, 1.0, 1.0, 1.0]), torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(3, 1)
+    np.save(tmp_path / NORM, norm.numpy())
+    normed = state * norm / state.square().mean().sqrt()
+
+    def forward(capture, after_the_last):
+        capture.guard(capture.keep, 1, state)
+        capture.guard(capture.keep, 2, after_the_last)
+        capture.guard(capture.write, (torch.arange(3), normed, None, batch([("eagle3-0-0", 0, 3)])))
+
+    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2)
+    forward(capture, state)
+    assert capture.checked and not (tmp_path / ERROR).exists()
+    forward(capture, torch.zeros(3, H))  # not looked at again
+    assert read_row(tmp_path, "eagle3-0-0", 3)[1][0].shape == (2, 3, H)
+    forward(sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2), state.flip(1))
+    assert "not what the final norm reads (cosine 0.6" in (tmp_path / ERROR).read_text()
 
 
 def test_a_deferred_all_reduce_is_refused(tmp_path):
-    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32)
+    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2)
     partial = torch.zeros(3, H)
     partial._sglang_needs_allreduce_fusion = True
     capture.guard(capture.keep, 1, (partial, torch.zeros(3, H)))
@@ -205,7 +227,7 @@ def test_a_deferred_all_reduce_is_refused(tmp_path):
 
 
 def test_what_is_kept_outlives_work_in_place(tmp_path):
-    capture = sglang_hook.Capture(tmp_path, (0,), torch.float32)
+    capture = sglang_hook.Capture(tmp_path, (0,), torch.float32, depth=2)
     output = torch.zeros(2, H)
     capture.keep(0, output)
     output += 1
