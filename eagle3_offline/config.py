@@ -53,7 +53,9 @@ class TargetConfig:
         "auto", "what runs the target; auto: SGLang where it is installed and there is a GPU, else transformers, embedded"
     )
     sglang: dict[str, Any] = opt({}, "arguments for the SGLang that is started here, passed on untouched, such as {tp_size: 2}")
-    layers: list[int] = opt([], "boundary indices of the captured layers (0 is the embedding's output); empty: [2, L//2, L-3]")
+    layers: list[int] = opt(
+        [], "boundary indices of the captured layers (0: the embedding's output, L: what enters the final norm); empty: [2, L//2, L-3]"
+    )
     max_length: int = opt(4096, "longest row in tokens, prompt and answers together; longer rows are rejected")
     chat_template: str | None = opt(None, "file with a chat template of your own; none: the tokenizer's")
     trust_remote_code: bool = opt(False, "run Python code that the target's folder brings along")
@@ -89,6 +91,12 @@ class RegenerateConfig:
     top_k: int = opt(0, "sample among the k most likely tokens; 0: off")
     min_p: float = opt(0.0, "drop tokens less likely than this share of the likeliest; 0: off")
     max_tokens: int = opt(1024, "longest answer in tokens; a longer one is cut, kept and marked finish_reason `length`")
+    reasoning: Literal["keep", "drop", "off"] = opt(
+        "keep",
+        "of targets that think. keep: thoughts stay in the history of later turns, a conversation is one token row; drop: each answer has "
+        "its thought, later turns see the answers alone, as the chat template renders them, so each turn is a token row of its own; off: "
+        "as drop, with the template's switch (enable_thinking) set to false",
+    )
     seed: int = opt(
         0, "seed of sampling; each row draws from (seed, row id), whatever the batch (SGLang: with enable_deterministic_inference only)"
     )
@@ -360,6 +368,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(a for a in args if a is not type(None)), name)
     if origin is Literal:
+        value = "off" if value is False and "off" in args else value  # YAML 1.1 reads off as false
         if value not in args:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
         return value

@@ -5,12 +5,12 @@ import pytest
 import torch
 import transformers as tf
 
-from eagle3_offline.capture.compact import top_logits
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.teacher import FullTeacher
 from eagle3_offline.logits import head_transform
 from eagle3_offline.records import Sample, UserError
 from eagle3_offline.target.folder import head_tensors, read_config
+from eagle3_offline.target.reduction import Reducer, top_logits
 from eagle3_offline.target.transformers_engine import TransformersEngine
 
 V, H = 60, 16
@@ -62,6 +62,9 @@ def test_the_teacher_has_transformers_own_logits(target):
     share = expected.log_softmax(-1).gather(1, torch.from_numpy(top.ids).long())
     assert torch.allclose(torch.from_numpy(top.log_probs).float(), share, atol=4e-3, rtol=1e-3)  # kept in fp16
     assert np.array_equal(top.ids[:, 0], expected.argmax(-1).numpy())
+    Reducer(torch.ones(H, 2), tensors["lm_head.weight"], 5, transform).save(folder / "reducer")  # as SGLang's scheduler gets it
+    again = Reducer.load(folder / "reducer")(torch.zeros(20, H), last, np.array([*ids[1:], -1])).top
+    assert np.array_equal(again.log_probs, top.log_probs)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle3_offline.capture import compact as compact_module
-from eagle3_offline.capture.compact import Reduction, top_logits
+from eagle3_offline.capture.compact import make_reducer
 from eagle3_offline.capture.degrade import degrade, fit_basis_of_dump
 from eagle3_offline.config import DumpConfig
 from eagle3_offline.records import TooManyRejected, UserError
@@ -17,6 +17,7 @@ from eagle3_offline.store import estimate as estimate_module
 from eagle3_offline.store.format import Sizes
 from eagle3_offline.store.reader import Dump
 from eagle3_offline.store.verify import verify
+from eagle3_offline.target.reduction import top_logits
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_compact_dump(build, make_spec, tmp_path, stop):
     again = fit_basis_of_dump(source, 8, stop)
     for name in ("scale", "eigenvalues"):
         np.testing.assert_allclose(again[name], basis[name], rtol=1e-4)
-    assert Reduction(dump.spec, basis, torch.zeros(50, 16)).projection.shape == (32, 8)
+    assert make_reducer(dump.spec, basis, torch.zeros(50, 16)).projection.shape == (32, 8)
 
 
 def test_it_goes_on_where_it_was_stopped(dump, tmp_path, stop, monkeypatch):
