@@ -20,38 +20,6 @@ from .loss import RowTerms, VocabularyHead
 from .settings import DraftSettings
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis; half precision is normed in fp32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.eps)
-
-
-class _Norm(torch.autograd.Function):
-    """y = x / rms(x) * weight with its gradient by hand: half the passes over memory of the composed operation."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
-        inverse = (square / x.shape[-1] + eps).rsqrt()  # [n, 1]
-        normed = x * inverse  # [n, H] in the wide dtype
-        ctx.save_for_backward(normed, inverse, weight)
-        return (normed * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
-        normed, inverse, weight = ctx.saved_tensors
-        along = dy * normed  # [n, H]
-        dweight = along.flatten(0, -2).sum(0)
-        mean = (along @ weight.to(along.dtype) / normed.shape[-1])[..., None]  # [n, 1]
-        dx = (dy * weight).to(normed.dtype).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(dy.dtype), dweight.to(weight.dtype), None
-
-
 class Rotary:
     """The target's own rotary embedding, as a table over positions. No module: never cast, never saved."""
 
@@ -111,7 +79,7 @@ class Layer(nn.Module):
 
     def __init__(self, settings: DraftSettings):
         super().__init__()
-        norm = lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps)  # noqa: E731
+        norm = lambda: nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)  # noqa: E731
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
         self.self_attn = Attention(settings)
         self.mlp = MLP(settings)
@@ -143,11 +111,13 @@ class DraftHead(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
         self.settings = settings
+        self.attention = "auto"  # backend of draft/attention.py
+        self.checkpoint_activations = False  # keep only each step's inputs for the backward pass, which makes the rest again
         if settings.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(settings.hidden_size, settings.rms_norm_eps) for _ in settings.layers)
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps) for _ in settings.layers)
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
-        self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
+        self.norm = nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
         self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
     def features(self, aux: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""Micro-batches packed by tokens, blockwise attention and activations made again: less memory, the same losses and weights."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from eagle3_offline.config import load_recipe
+from eagle3_offline.runs import Run
+from eagle3_offline.training.data import micro_batches, open_source
+
+from ..small_runs import Cli, losses, weights
+
+PACKED = ("train.micro_batch_tokens=150",)
+SPARING = ("train.attention=blockwise", "train.checkpoint_activations=true")
+
+
+@pytest.fixture(scope="module")
+def whole(dumped, tmp_path_factory) -> Cli:
+    """An uninterrupted training of 8 steps of 4 rows, 2 at a time, on one rank."""
+    cli = dumped.copy(tmp_path_factory.mktemp("whole") / "run")
+    cli.stage("train", *options())
+    return cli
+
+
+def options(*more: str) -> list[str]:
+    return [word for setting in ("train.total_steps=8", "train.eval_every=0", *more) for word in ("--set", setting)]
+
+
+def test_the_packs_of_a_step_vary(dumped):
+    """Else the trainings below would say nothing."""
+    config = load_recipe(str(dumped.recipe), PACKED).train
+    source = open_source(Run(dumped.run).dump, config)
+    counts = {len(micro_batches(source, config, 0, 1, step)) for step in range(8)}
+    sizes = {len(rows) for step in range(8) for rows in micro_batches(source, config, 0, 1, step)}
+    assert len(counts) > 1 and len(sizes) > 1, (counts, sizes)
+    assert sorted(np.concatenate(micro_batches(source, config, 0, 1, 3))) == sorted(
+        np.concatenate([rows for rank in range(2) for rows in micro_batches(source, config, rank, 2, 3)])
+    )
+
+
+@pytest.mark.parametrize(
+    "world, more",
+    [
+        (1, PACKED),
+        (2, PACKED),
+        (1, (*SPARING, "train.deepspeed=zero1")),
+        (2, (*PACKED, *SPARING, "train.deepspeed=zero3")),
+    ],
+)
+def test_the_losses_and_weights_are_the_same(whole, copied, world, more):
+    copied.on_ranks(world, "train", *options(*more))
+    assert losses(copied) == pytest.approx(losses(whole), rel=1e-5 if world > 1 else 1e-6)
+    ours, theirs = weights(copied), weights(whole)
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
+
+
+def test_a_packed_training_resumes_exactly(copied):
+    more = options(*PACKED, "train.checkpoint_every=5")
+    copied.stage("train", *more)
+    folder, once = Run(copied.run).draft("draft"), losses(copied)
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    (folder / "draft.json").unlink()
+    copied.stage("train", *more)
+    assert losses(copied) == once
