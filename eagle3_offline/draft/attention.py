@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from torch.utils.checkpoint import checkpoint
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks
-BLOCK_SCORES = 2**21  # h x b x T of a block
+BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**25}  # h x b x T of a block
 
 
 class Conversation(NamedTuple):
@@ -124,7 +124,7 @@ def _step_zero_blockwise(query: Tensor, rows: Tensor, keys: Tensor, values: Tens
     """Output [n, h, d] and log-sum-exp [n, h] of one conversation."""
     if not len(query):
         return query, query.new_zeros(query.shape[:2], dtype=_wide(query))
-    size = max(1, BLOCK_SCORES // (query.shape[1] * len(keys)))
+    size = max(1, BLOCK_SCORES[query.device.type] // (query.shape[1] * len(keys)))
     ends = rows[size - 1 :: size].tolist() + rows[-1:].tolist()  # the last row of each block
     blocks = [
         checkpoint(_step_zero_block, query[i : i + size], rows[i : i + size], keys[: end + 1], values[: end + 1], use_reentrant=False)

@@ -39,15 +39,18 @@ class Rotary:
         """Rotate x [n, heads, d] to positions [n]."""
         self._grow(int(positions.max()) + 1 if len(positions) else 0, x)
         cos, sin = self._cos[positions, None], self._sin[positions, None]  # [n, 1, d]
-        low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
     def _grow(self, length: int, like: Tensor) -> None:
-        """Tables of at least `length` positions in x's dtype and on its device: computed in fp32, then cast."""
+        """Tables of at least `length` positions in x's dtype and on its device: computed in fp32, then cast.
+
+        The first half of the sines is negative: (low, high) turns into (low cos - high sin, high cos + low sin).
+        """
         if length > len(self._cos) or self._cos.dtype != like.dtype or self._cos.device != like.device:
             positions = torch.arange(max(length, 2 * len(self._cos)), device=like.device)
             cos, sin = self._embedding.to(like.device)(torch.empty(0, device=like.device), positions[None])  # [1, P, d]
-            self._cos, self._sin = cos[0].to(like.dtype), sin[0].to(like.dtype)
+            low, high = sin[0].chunk(2, dim=-1)
+            self._cos, self._sin = cos[0].to(like.dtype), torch.cat((-low, high), dim=-1).to(like.dtype)
 
 
 class Attention(nn.Module):

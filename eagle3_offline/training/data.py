@@ -55,6 +55,10 @@ class Source:
         """The first `rows` held-out samples, all for None."""
         return self.samples(self.eval_rows[:rows])
 
+    def sample(self, row: int) -> Sample:
+        """One row with the layers that the draft reads."""
+        return self.dump.sample(int(row), self.settings.layers)
+
     def samples(self, rows: Iterable[int]) -> Iterator[Sample]:
         """These rows with the layers that the draft reads, decoded ahead of their use."""
         return self.dump.samples(rows, self.settings.layers, threads=READERS)

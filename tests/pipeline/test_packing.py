@@ -8,11 +8,11 @@ import torch
 
 from eagle3_offline.config import load_recipe
 from eagle3_offline.runs import Run
+from eagle3_offline.store.reader import Dump
 from eagle3_offline.training.data import micro_batches, open_source
 
 from ..small_runs import Cli, losses, weights
 
-PACKED = ("train.micro_batch_tokens=150",)
 SPARING = ("train.attention=blockwise", "train.checkpoint_activations=true")
 
 
@@ -24,13 +24,20 @@ def whole(dumped, tmp_path_factory) -> Cli:
     return cli
 
 
+@pytest.fixture(scope="module")
+def packed(dumped) -> str:
+    """A budget that holds two rows of this dump and a half."""
+    lengths = Dump.open(Run(dumped.run).dump).lengths
+    return f"train.micro_batch_tokens={int(2.5 * lengths.mean())}"
+
+
 def options(*more: str) -> list[str]:
     return [word for setting in ("train.total_steps=8", "train.eval_every=0", *more) for word in ("--set", setting)]
 
 
-def test_the_packs_of_a_step_vary(dumped):
+def test_the_packs_of_a_step_vary(dumped, packed):
     """Else the trainings below would say nothing."""
-    config = load_recipe(str(dumped.recipe), PACKED).train
+    config = load_recipe(str(dumped.recipe), (packed,)).train
     source = open_source(Run(dumped.run).dump, config)
     counts = {len(micro_batches(source, config, 0, 1, step)) for step in range(8)}
     sizes = {len(rows) for step in range(8) for rows in micro_batches(source, config, 0, 1, step)}
@@ -41,26 +48,26 @@ def test_the_packs_of_a_step_vary(dumped):
 
 
 @pytest.mark.parametrize(
-    "world, more",
+    "world, is_packed, more",
     [
-        (1, PACKED),
-        (2, PACKED),
-        (1, (*SPARING, "train.deepspeed=zero1")),
-        (2, (*PACKED, *SPARING, "train.deepspeed=zero3")),
+        (1, True, ()),
+        (2, True, ()),
+        (1, False, (*SPARING, "train.deepspeed=zero1")),
+        (2, True, (*SPARING, "train.deepspeed=zero3")),
     ],
 )
-def test_the_losses_and_weights_are_the_same(whole, copied, world, more):
-    copied.on_ranks(world, "train", *options(*more))
+def test_the_losses_and_weights_are_the_same(whole, copied, packed, world, is_packed, more):
+    copied.on_ranks(world, "train", *options(*more, *[packed] * is_packed))
     assert losses(copied) == pytest.approx(losses(whole), rel=1e-5 if world > 1 else 1e-6)
     ours, theirs = weights(copied), weights(whole)
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
 
 
-def test_a_packed_training_resumes_exactly(copied):
-    more = options(*PACKED, "train.checkpoint_every=5")
+def test_a_packed_training_resumes_exactly(copied, packed):
+    more = options(packed, "train.checkpoint_every=5")
     copied.stage("train", *more)
-    folder, once = Run(copied.run).draft("draft"), losses(copied)
+    folder, once = Run(copied.run).draft("draft"), losses(copied, packed)
     shutil.rmtree(folder / "checkpoints" / "step-00000008")
     (folder / "draft.json").unlink()
     copied.stage("train", *more)
-    assert losses(copied) == once
+    assert losses(copied, packed) == once
