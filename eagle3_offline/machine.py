@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import socket
 from pathlib import Path
-
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -15,14 +11,6 @@ def cpu_multiplies_bfloat16() -> bool:
     path = Path("/proc/cpuinfo")
     flags = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def keep_freed_memory() -> None:
-    """Keep what is freed for the next allocation. glibc gives large blocks back to the system, which then clears each page again."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_MMAP_MAX, 0)
 
 
 def free_port() -> int:
