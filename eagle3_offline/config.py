@@ -187,6 +187,9 @@ class TrainConfig:
     deepspeed: str = opt("zero1", "DeepSpeed JSON: a file, or the name of configs/deepspeed_NAME.json")
     batch_size: int = opt(64, "conversations per optimiser step, over all ranks")
     micro_batch_size: int = opt(1, "conversations per forward pass of one rank")
+    micro_batch_tokens: int = opt(
+        0, "most tokens per forward pass of one rank, filled with conversations of any number; 0: micro_batch_size conversations"
+    )
     total_steps: int = opt(10000, "optimiser steps")
     learning_rate: float = opt(1e-4, "peak learning rate of AdamW (0.9, 0.95), without weight decay")
     warmup_ratio: float = opt(0.015, "share of the steps in which the rate rises to its peak")
@@ -201,6 +204,10 @@ class TrainConfig:
     keep_epochs: bool = opt(False, "also write and keep a checkpoint at the end of each epoch")
     publish: Literal["last", "best"] = opt("last", "which weights become the draft: the last step's, or those with the best held-out tau")
     early_stop: int = opt(0, "end when so many evaluations in a row bring no better held-out tau; 0: never")
+    attention: Literal["auto", "reference", "blockwise", "flex"] = opt(
+        "auto", "reference: all scores of a conversation; blockwise: little memory; flex: a fused kernel of a GPU; auto: by length"
+    )
+    checkpoint_activations: bool = opt(False, "make each unroll step's activations again in the backward pass: less memory, more time")
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")
 
     def __post_init__(self) -> None:
@@ -220,12 +227,11 @@ class TrainConfig:
             "dist_timeout",
         )
         share(self, "train", "warmup_ratio", "final_ratio")
-        if self.hidden_size < 0:
-            raise UserError(f"train.hidden_size is {self.hidden_size}; it may not be negative")
         if self.start_from and self.fc_init == "ridge":
             raise UserError("train.start_from brings its fc along, and train.fc_init is ridge: leave one of them out")
-        if self.early_stop < 0:
-            raise UserError(f"train.early_stop is {self.early_stop}; it may not be negative")
+        for name in ("early_stop", "hidden_size", "micro_batch_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it may not be negative")
         if self.batch_size % self.micro_batch_size:
             raise UserError(f"train.batch_size is {self.batch_size}, no multiple of micro_batch_size {self.micro_batch_size}")
         if not self.draft or "/" in self.draft or self.draft.startswith("."):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ from ..logits import HeadTransform, head_transform
 from ..records import Sample, UserError
 from ..store.reader import Dump
 from ..store.target_files import BIAS
-from .order import rank_batches, step_rows
+from .order import rank_batches, rank_packs, step_rows
 
 READ_AHEAD = 4  # steps that are decoded before they are needed
+READERS = 2  # threads that decode
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,15 @@ class Source:
 
     def held_out(self, rows: int | None) -> Iterator[Sample]:
         """The first `rows` held-out samples, all for None."""
-        return (self.sample(i) for i in self.eval_rows[:rows])
+        return self.samples(self.eval_rows[:rows])
 
     def sample(self, row: int) -> Sample:
         """One row with the layers that the draft reads."""
         return self.dump.sample(int(row), self.settings.layers)
+
+    def samples(self, rows: Iterable[int]) -> Iterator[Sample]:
+        """These rows with the layers that the draft reads, decoded ahead of their use."""
+        return self.dump.samples(rows, self.settings.layers, threads=READERS)
 
     @property
     def top_k(self) -> int | None:
@@ -190,16 +197,19 @@ def _within_layers(scale: Tensor, layers: int) -> Tensor:
 
 
 def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first_step: int) -> Iterator[list[DraftBatch]]:
-    """This rank's micro-batches of each step from `first_step` on, decoded by a thread before they are needed."""
+    """This rank's micro-batches of each step from `first_step` on, decoded by threads before they are needed."""
     ready: queue.Queue = queue.Queue(READ_AHEAD)
     done = threading.Event()
 
     def produce() -> None:
         try:
-            for step in range(first_step, config.total_steps):
-                rows = source.train_rows[step_rows(config.seed, step, config.batch_size, len(source.train_rows))]
-                pieces = rank_batches(rows, rank, world, config.micro_batch_size)
-                _put([_batch(source, piece, config) for piece in pieces])
+            steps = range(first_step, config.total_steps)
+            plans, ahead = tee(micro_batches(source, config, rank, world, step) for step in steps)
+            with closing(source.samples(row for plan in ahead for rows in plan for row in rows)) as samples:
+                for plan in plans:
+                    _put([_batch(source, list(islice(samples, len(rows))), config) for rows in plan])
+                    if done.is_set():
+                        return
             _put(None)
         except Exception as error:  # noqa: BLE001 - raised again by the consumer
             _put(error)
@@ -221,5 +231,14 @@ def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first
         done.set()
 
 
-def _batch(source: Source, rows: np.ndarray, config: TrainConfig) -> DraftBatch:
-    return collate([source.sample(i) for i in rows], config.ttt_length, source.aux_scale)
+def micro_batches(source: Source, config: TrainConfig, rank: int, world: int, step: int) -> list[np.ndarray]:
+    """Rows of the dump in each of this rank's micro-batches of a step."""
+    rows = source.train_rows[step_rows(config.seed, step, config.batch_size, len(source.train_rows))]
+    if config.micro_batch_tokens:
+        return rank_packs(rows, source.dump.lengths[rows], rank, world, config.micro_batch_tokens)
+    return rank_batches(rows, rank, world, config.micro_batch_size)
+
+
+def _batch(source: Source, samples: list[Sample], config: TrainConfig) -> DraftBatch:
+    batch = collate(samples, config.ttt_length, source.aux_scale)
+    return batch.pinned() if source.embed.is_cuda else batch

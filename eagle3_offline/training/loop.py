@@ -38,6 +38,9 @@ NO_SETTING = (  # of the weights: what may differ when a training goes on
     "dist_timeout",
     "dtype",
     "deepspeed",
+    "attention",
+    "checkpoint_activations",
+    "micro_batch_tokens",
 )
 
 
@@ -58,6 +61,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     head = source.new_head(config)
     if config.fc_init == "ridge" and not saved.step:
         start_fc(source, head)
+    head.attention, head.checkpoint_activations = config.attention, config.checkpoint_activations
     engine = build(config, head, ranks, saved.universal)
     training = Training(config, source, engine, teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     training.carried.load(checkpoints.load(engine, saved))

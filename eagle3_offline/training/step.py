@@ -67,12 +67,13 @@ def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, flo
     learning_rate, skipped_before = engine.get_lr()[0], engine.skipped_steps  # of this step; step() sets the next one's
     parts = torch.zeros(1 + 2 * config.ttt_length, dtype=torch.float64)
     bad: list[str] = []
-    for batch in (batch.to(ranks.device) for batch in micro):
+    for number, batch in enumerate(batch.to(ranks.device) for batch in micro):
+        engine.set_gradient_accumulation_boundary(number == len(micro) - 1)
         terms = RowTerms(batch, training.teacher(batch, objective.needs_alpha), objective)
         loss, entropies, alphas = engine(batch, training.source.embed, terms)
         if not torch.isfinite(loss):
             bad += batch.ids  # its gradient is not finite either, so that DeepSpeed skips the step, on all ranks
-        engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
+        engine.backward(loss * ranks.world)  # DeepSpeed averages over ranks; this loss is a sum
         _drop_bad_gradients(engine)
         engine.step()
         parts += torch.cat((loss.detach()[None], entropies, alphas)).double().cpu()
