@@ -74,10 +74,10 @@ def test_a_dead_rank_ends_the_others_and_a_dead_parent_leaves_none(copied):
 
 
 def test_what_a_rank_refuses_is_said_with_its_exit_code(copied):
-    process = copied.start("train", more=("--nproc", "3"))
+    process = copied.start("train", more=("--nproc", "2", "--set", "train.micro_batch_size=4"))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_USAGE
-    assert "train.batch_size 4 is no multiple of 3 ranks x micro_batch_size 2" in output
+    assert "train.batch_size 4 is no multiple of 2 ranks x micro_batch_size 4" in output
 
 
 def test_ranks_inside_of_ranks_are_refused():
