@@ -11,9 +11,11 @@ Each way runs in a process of its own; they take turns, every turn on rows that 
     specforge          SpecForge's strategy, model, loss and optimiser, from its PyPI package, in an environment of its own
     specforge compact  the same with its compact teacher, which never makes logits of the whole vocabulary
 
-Tokens are the rows' unpadded ones, dead rows included. Reading and padding rows is not timed: every trainer does it beside the step. Peak
-memory is what the process holds at most in a step beyond what it held before the draft was made. On a CPU SpecForge's Triton loss cannot
-run; the reference that its file keeps beside it stands in.
+Tokens are the rows' unpadded ones, dead rows included. Reading and padding rows is not timed: every trainer does it beside the step.
+
+Peak memory is what a process holds at most in a step beyond what it held before the draft was made, after two steps. On a CPU it is
+measured in processes of their own, whose allocator gives large blocks back at once: so it counts what is alive and what libraries keep,
+not what malloc does. There SpecForge's Triton loss cannot run either; the reference that its file keeps beside it stands in.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,11 +387,40 @@ class Process:
         self.pipe.stdin.flush()
         return self.hear()
 
+    def end(self) -> None:
+        self.pipe.stdin.close()
+        self.pipe.wait()
 
-def started(names: list[str], shape: str, python: dict[str, str]) -> Iterator[Process]:
-    for name in names:
-        command = [python.get(name, sys.executable), __file__, "--worker", name, "--shape", shape]
-        yield Process(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+
+def started(name: str, shape: str, python: dict[str, str], **environment: str) -> Process:
+    """A worker that is ready."""
+    command = [python.get(name, sys.executable), __file__, "--worker", name, "--shape", shape]
+    process = Process(
+        name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    )
+    process.hear()
+    return process
+
+
+def in_turns(names: list[str], shape: str, python: dict[str, str], turns: int) -> dict[str, list[dict[str, Any]]]:
+    """Every way's answers, all ways alive at the same time."""
+    processes = [started(name, shape, python) for name in names]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn in range(turns):
+        for process in processes:
+            if not any("failed" in answer for answer in found[process.name]):
+                found[process.name].append(process.step(turn))
+    for process in processes:
+        process.end()
+    return found
+
+
+def peak_bytes(name: str, shape: str, python: dict[str, str]) -> int | None:
+    """Of a way in a process of its own that gives large blocks back at once; None where it ran out of memory."""
+    process = started(name, shape, python, MALLOC_MMAP_THRESHOLD_=str(2**18))
+    answers = [process.step(turn) for turn in range(2)]
+    process.end()
+    return answers[-1].get("peak")
 
 
 def specforge_python(requirement: str) -> str:
@@ -466,34 +497,21 @@ def floor_seconds(shape: Shape, turn: int, rates: dict[str, float]) -> dict[str,
     return {"step": step, "argmax": operations["argmax"] / rates["matmul"]}
 
 
-def measure(shape: str, names: list[str], rounds: int, warm: int, requirement: str) -> dict[str, Any]:
-    """All ways in turns; medians of the rounds after the warm-up."""
+def measure(shape: str, names: list[str], parts: list[str], rounds: int, warm: int, requirement: str) -> dict[str, Any]:
+    """Peaks one way after the other; speeds in turns, medians of the rounds after the warm-up."""
     theirs = [name for name in names if "specforge" in name]
     python = dict.fromkeys(theirs, specforge_python(requirement)) if theirs else {}
-    processes = list(started(names, shape, python))
-    try:
-        for process in processes:
-            process.hear()
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for turn in range(warm + rounds):
-            for process in processes:
-                if not any("failed" in answer for answer in found[process.name]):
-                    found[process.name].append(process.step(turn))
-    finally:
-        for process in processes:
-            process.pipe.stdin.close()
-            process.pipe.wait()
-    ways = {}
-    for name, answers in found.items():
+    ways: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name in names if "memory" in parts else []:
+        if (peak := peak_bytes(name, shape, python)) is not None:
+            ways[name]["peak_mb"] = round(peak / 1e6, 1)
+    for name, answers in (in_turns(names, shape, python, warm + rounds) if "speed" in parts else {}).items():
         if "failed" in answers[-1]:
-            ways[name] = answers[-1]
             continue
         kept = answers[warm:]
-        ways[name] = {
+        ways[name] |= {
             "tokens_per_second": round(statistics.median(a["tokens"] / a["seconds"] for a in kept), 1),
             "seconds": [round(a["seconds"], 3) for a in kept],
-            "peak_mb": round(max(a["peak"] for a in kept) / 1e6, 1),
-            "first_loss": round(answers[0]["loss"], 4),
         }
     rates = measured_rates(SHAPES[shape])
     floors = [floor_seconds(SHAPES[shape], turn, rates) for turn in range(warm, warm + rounds)]
@@ -516,15 +534,14 @@ def table(result: dict[str, Any]) -> str:
         "| way | tokens/s | seconds of a step | peak MB | ours is so many times as fast | ours takes so much of its memory |",
         "|---|---|---|---|---|---|",
     ]
-    mine = ways.get("ours")
+    mine = ways.get("ours", {})
     for name, way in ways.items():
-        if "failed" in way:
-            lines.append(f"| {name} | {way['failed']} | | | | |")
-            continue
-        ratios = ["", ""]
-        if mine and "failed" not in mine:
-            ratios = [f"{mine['tokens_per_second'] / way['tokens_per_second']:.2f}", f"{mine['peak_mb'] / way['peak_mb']:.2f}"]
-        cells = [name, f"{way['tokens_per_second']:,.0f}", f"{statistics.median(way['seconds']):.3f}", f"{way['peak_mb']:,.0f}", *ratios]
+        cells = [name, "", ""]  # empty: out of memory, or not asked for
+        if "seconds" in way:
+            cells = [name, f"{way['tokens_per_second']:,.0f}", f"{statistics.median(way['seconds']):.3f}"]
+        cells.append(f"{way['peak_mb']:,.0f}" if "peak_mb" in way else "")
+        for key in ("tokens_per_second", "peak_mb"):
+            cells.append(f"{mine[key] / way[key]:.2f}" if key in way and key in mine else "")
         lines.append("| " + " | ".join(cells) + " |")
     rates, floor = result["rates"], result["floor_seconds"]
     lines += [
@@ -543,17 +560,19 @@ def table(result: dict[str, Any]) -> str:
 @click.command(help=__doc__)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True)
 @click.option("--way", "names", type=click.Choice(list(WAYS)), multiple=True, default=list(WAYS), help="[default: all]")
+@click.option("--part", "parts", type=click.Choice(["memory", "speed"]), multiple=True, default=["memory", "speed"], show_default=True)
 @click.option("--rounds", default=5, show_default=True, help="Turns that count.")
 @click.option("--warm", default=2, show_default=True, help="Turns before them.")
 @click.option("--specforge", "requirement", default=SPECFORGE, show_default=True, help="What pip installs: a requirement, or a wheel.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--worker", hidden=True)
-def main(shape: str, names: tuple[str, ...], rounds: int, warm: int, requirement: str, as_json: bool, worker: str | None) -> None:
+def main(shape: str, names: tuple[str, ...], parts: tuple[str, ...], rounds: int, warm: int, requirement: str, as_json: bool,
+         worker: str | None) -> None:  # fmt: skip
     if worker:
         return serve(worker, SHAPES[shape])
     if shape in GPU_SHAPES and not torch.cuda.is_available():
         raise click.ClickException(f"the shape {shape} is for a GPU, and there is none here")
-    result = measure(shape, list(names), rounds, warm, requirement)
+    result = measure(shape, list(names), list(parts), rounds, warm, requirement)
     click.echo(json.dumps(result) if as_json else table(result))
     if not torch.cuda.is_available() and not as_json:
         for name in GPU_SHAPES:
