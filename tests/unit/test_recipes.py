@@ -43,7 +43,13 @@ TARGETS = {  # name: what its config.json says, parameters of the draft in milli
 
 
 def test_every_published_recipe_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TARGETS, "demo", "demo-tiny"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TARGETS, "demo", "demo-tiny", "lab"}
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-tiny", "lab"])
+def test_a_recipe_for_this_machine(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.train.ttt_length == recipe.evaluate.chain == 4
 
 
 @pytest.mark.parametrize("name", TARGETS)
