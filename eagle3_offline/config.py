@@ -190,7 +190,8 @@ class TrainConfig:
     micro_batch_tokens: int = opt(
         0, "most tokens per forward pass of one rank, filled with conversations of any number; 0: micro_batch_size conversations"
     )
-    total_steps: int = opt(10000, "optimiser steps")
+    total_steps: int = opt(10000, "optimiser steps, over which the learning rate rises and falls")
+    epochs: int = opt(0, "passes over the train rows after which training ends, unless total_steps end it before; 0: any number")
     learning_rate: float = opt(1e-4, "peak learning rate of AdamW (0.9, 0.95), without weight decay")
     warmup_ratio: float = opt(0.015, "share of the steps in which the rate rises to its peak")
     schedule: Literal["cosine", "linear"] = opt("cosine", "how the rate falls after the warm-up")
@@ -229,7 +230,7 @@ class TrainConfig:
         share(self, "train", "warmup_ratio", "final_ratio")
         if self.start_from and self.fc_init == "ridge":
             raise UserError("train.start_from brings its fc along, and train.fc_init is ridge: leave one of them out")
-        for name in ("early_stop", "hidden_size", "micro_batch_tokens"):
+        for name in ("early_stop", "epochs", "hidden_size", "micro_batch_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it may not be negative")
         if self.batch_size % self.micro_batch_size:

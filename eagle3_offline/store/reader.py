@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -108,18 +108,20 @@ class Dump:
         return self._read(i, lambda part, row: part.sample(row, self.ids(i), arrays, window, aux))
 
     def samples(
-        self, rows: Sequence[int], layers: Iterable[int] | None = None, *, threads: int = 2, reuse: bool = False
+        self, rows: Iterable[int], layers: Iterable[int] | None = None, *, threads: int = 2, reuse: bool = False
     ) -> Iterator[Sample]:
         """The samples of `rows` in their order, read and decoded by threads ahead of their use.
 
-        reuse: the states' memory is used again, so that they are valid until the next sample is asked for; faster by a fifth.
+        reuse: the states' memory is used again, so that they are valid until the next sample is asked for; faster by a fifth. The
+        rows must then be known beforehand, else they may come one by one.
         """
         layers = None if layers is None else tuple(layers)
         arrays = self._arrays(layers)
         ahead = 2 * threads
         memory: list[np.ndarray | None] = [None] * (ahead + 1)
-        if reuse and len(rows):
-            shape = int(self.lengths[np.asarray(rows)].max()), self.spec.aux_width * len(arrays)
+        if reuse:
+            rows = [int(i) for i in rows]
+            shape = max((int(self.lengths[i]) for i in rows), default=0), self.spec.aux_width * len(arrays)
             memory = [np.empty(shape, self.spec.storage_dtype) for _ in memory]
         pool = ThreadPoolExecutor(threads)
         try:

@@ -203,7 +203,7 @@ def read_ahead(source: Source, config: TrainConfig, rank: int, world: int, first
 
     def produce() -> None:
         try:
-            steps = range(first_step, config.total_steps)
+            steps = range(first_step, config.total_steps)  # a training that ends before closes this
             plans, ahead = tee(micro_batches(source, config, rank, world, step) for step in steps)
             with closing(source.samples(row for plan in ahead for rows in plan for row in rows)) as samples:
                 for plan in plans:

@@ -94,8 +94,8 @@ def _steps(training: Training, folder: Path, first: int, stop: StopSignal, track
     done = first
     if first == 0:
         _evaluate(training, 0, metrics)  # the untrained draft
-    with StageProgress("train", config.total_steps - first, "steps") as progress:
-        while done < config.total_steps and not carried.stalled(config.early_stop):
+    with StageProgress("train", training.steps - first, "steps") as progress:
+        while done < training.steps and not carried.stalled(config.early_stop):
             started = time.monotonic()
             micro = next(batches)
             waited = time.monotonic() - started
@@ -109,7 +109,7 @@ def _steps(training: Training, folder: Path, first: int, stop: StopSignal, track
                 if skipped:
                     metrics.skipped({"step": done, **skipped})
             progress.advance(1, tokens, f"loss {values['loss']:.3f}, data wait {waited / took:.0%}")
-            if done == config.total_steps or (config.eval_every and done % config.eval_every == 0):
+            if done == training.steps or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(training, done, metrics)
             _after(training, folder, done, stop)
     return done
@@ -120,7 +120,7 @@ def _after(training: Training, folder: Path, done: int, stop: StopSignal) -> Non
     config, ranks, carried = training.config, training.ranks, training.carried
     stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
     failing = carried.skipped_in_a_row > MOST_SKIPPED
-    over = done == config.total_steps or carried.stalled(config.early_stop)
+    over = done == training.steps or carried.stalled(config.early_stop)
     pins = _pins(training, done)
     if over or stopping or failing or pins or done % config.checkpoint_every == 0:
         kept = checkpoints.Kept(config.keep_checkpoints, pins)
@@ -131,7 +131,7 @@ def _after(training: Training, folder: Path, done: int, stop: StopSignal) -> Non
             f"names their rows, a checkpoint is written. Look at these rows (`store verify`), or train with a lower train.learning_rate"
         )
     if stopping and not over:
-        raise Stopped(f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on")
+        raise Stopped(f"stopped at step {done} of {training.steps}; the checkpoint is written, run the same command again to go on")
 
 
 def _pins(training: Training, done: int) -> list[str]:

@@ -23,6 +23,11 @@ def epochs_done(steps: int, batch_size: int, rows: int) -> int:
     return steps * batch_size // rows
 
 
+def last_step(total_steps: int, epochs: int, batch_size: int, rows: int) -> int:
+    """Steps of a training that ends with its total_steps, or with the batch that completes its epochs (0: any number)."""
+    return min(total_steps, -(-epochs * rows // batch_size)) if epochs else total_steps
+
+
 def step_rows(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
     """Row numbers of a step's global batch: [batch_size]."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)

@@ -15,6 +15,7 @@ from ..draft.loss import Objective, RowTerms, denominators
 from ..draft.teacher import Teacher
 from .data import Source
 from .distributed import Ranks, all_list, all_sum
+from .order import last_step
 
 
 @dataclass
@@ -54,6 +55,11 @@ class Training:
     teacher: Teacher
     ranks: Ranks
     carried: Carried
+
+    @property
+    def steps(self) -> int:
+        """The number of its last step, unless it stops early."""
+        return last_step(self.config.total_steps, self.config.epochs, self.config.batch_size, len(self.source.train_rows))
 
 
 def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, float], dict[str, Any] | None]:

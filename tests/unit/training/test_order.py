@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eagle3_offline.training.order import epoch_order, rank_batches, rank_packs, step_rows
+from eagle3_offline.training.order import epoch_order, last_step, rank_batches, rank_packs, step_rows
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
@@ -19,6 +19,12 @@ def test_nothing_is_dropped_or_repeated(rows, batch):
     line = np.concatenate([step_rows(5, step, batch, rows) for step in range(steps)])
     for epoch in line.reshape(-1, rows):
         assert sorted(epoch.tolist()) == list(range(rows))
+
+
+def test_the_last_step():
+    assert last_step(100, 0, 4, 10) == 100
+    assert last_step(100, 2, 4, 10) == 5 and last_step(100, 3, 4, 10) == 8  # the eighth batch reaches into the fourth epoch
+    assert last_step(7, 3, 4, 10) == 7
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
