@@ -53,7 +53,9 @@ class TargetConfig:
         "auto", "what runs the target; auto: SGLang where it is installed and there is a GPU, else transformers, embedded"
     )
     sglang: dict[str, Any] = opt({}, "arguments for the SGLang that is started here, passed on untouched, such as {tp_size: 2}")
-    layers: list[int] = opt([], "boundary indices of the captured layers (0 is the embedding's output); empty: [2, L//2, L-3]")
+    layers: list[int] = opt(
+        [], "boundary indices of the captured layers (0: the embedding's output, L: what enters the final norm); empty: [2, L//2, L-3]"
+    )
     max_length: int = opt(4096, "longest row in tokens, prompt and answers together; longer rows are rejected")
     chat_template: str | None = opt(None, "file with a chat template of your own; none: the tokenizer's")
     trust_remote_code: bool = opt(False, "run Python code that the target's folder brings along")
@@ -89,6 +91,12 @@ class RegenerateConfig:
     top_k: int = opt(0, "sample among the k most likely tokens; 0: off")
     min_p: float = opt(0.0, "drop tokens less likely than this share of the likeliest; 0: off")
     max_tokens: int = opt(1024, "longest answer in tokens; a longer one is cut, kept and marked finish_reason `length`")
+    reasoning: Literal["keep", "drop", "off"] = opt(
+        "keep",
+        "of targets that think. keep: thoughts stay in the history of later turns, a conversation is one token row; drop: each answer has "
+        "its thought, later turns see the answers alone, as the chat template renders them, so each turn is a token row of its own; off: "
+        "as drop, with the template's switch (enable_thinking) set to false",
+    )
     seed: int = opt(
         0, "seed of sampling; each row draws from (seed, row id), whatever the batch (SGLang: with enable_deterministic_inference only)"
     )
@@ -123,7 +131,7 @@ class DumpConfig:
     top_k: int = opt(16, "compact: how many of the largest logits are kept of each teacher")
     batch_tokens: int = opt(4096, "tokens of one prefill batch")
     writer_threads: int = opt(2, "threads that encode beside the engine; 0: none, everything in the writer's own thread")
-    force: bool = opt(False, "dump although the estimate says that the disk will not hold it")
+    force: bool = opt(False, "go on although the estimate says that the disk will not hold the dump")
 
     def __post_init__(self) -> None:
         positive(self, "dump", "batch_tokens", "rank", "top_k")
@@ -166,6 +174,8 @@ class TrainConfig:
     normalisation: Literal["sequence", "token"] = opt(
         "sequence", "mean over each conversation's rows and then over conversations, or over all rows"
     )
+    hidden_size: int = opt(0, "width of the draft; 0: the target's; a narrower one trains its own embedding, and needs head_init: random")
+    start_from: str | None = opt(None, "folder of a published draft to start from, whose vocabulary is kept; none: a new draft")
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
     fc_init: Literal["random", "ridge"] = opt("random", "fc starts random, or as the best linear guess of the next token's last state")
     aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
@@ -177,7 +187,11 @@ class TrainConfig:
     deepspeed: str = opt("zero1", "DeepSpeed JSON: a file, or the name of configs/deepspeed_NAME.json")
     batch_size: int = opt(64, "conversations per optimiser step, over all ranks")
     micro_batch_size: int = opt(1, "conversations per forward pass of one rank")
-    total_steps: int = opt(10000, "optimiser steps")
+    micro_batch_tokens: int = opt(
+        0, "most tokens per forward pass of one rank, filled with conversations of any number; 0: micro_batch_size conversations"
+    )
+    total_steps: int = opt(10000, "optimiser steps, over which the learning rate rises and falls")
+    epochs: int = opt(0, "passes over the train rows after which training ends, unless total_steps end it before; 0: any number")
     learning_rate: float = opt(1e-4, "peak learning rate of AdamW (0.9, 0.95), without weight decay")
     warmup_ratio: float = opt(0.015, "share of the steps in which the rate rises to its peak")
     schedule: Literal["cosine", "linear"] = opt("cosine", "how the rate falls after the warm-up")
@@ -191,6 +205,10 @@ class TrainConfig:
     keep_epochs: bool = opt(False, "also write and keep a checkpoint at the end of each epoch")
     publish: Literal["last", "best"] = opt("last", "which weights become the draft: the last step's, or those with the best held-out tau")
     early_stop: int = opt(0, "end when so many evaluations in a row bring no better held-out tau; 0: never")
+    attention: Literal["auto", "reference", "blockwise", "flex"] = opt(
+        "auto", "reference: all scores of a conversation; blockwise: little memory; flex: a fused kernel of a GPU; auto: by length"
+    )
+    checkpoint_activations: bool = opt(False, "make each unroll step's activations again in the backward pass: less memory, more time")
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")
 
     def __post_init__(self) -> None:
@@ -210,12 +228,27 @@ class TrainConfig:
             "dist_timeout",
         )
         share(self, "train", "warmup_ratio", "final_ratio")
-        if self.early_stop < 0:
-            raise UserError(f"train.early_stop is {self.early_stop}; it may not be negative")
+        if self.start_from and self.fc_init == "ridge":
+            raise UserError("train.start_from brings its fc along, and train.fc_init is ridge: leave one of them out")
+        for name in ("early_stop", "epochs", "hidden_size", "micro_batch_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it may not be negative")
         if self.batch_size % self.micro_batch_size:
             raise UserError(f"train.batch_size is {self.batch_size}, no multiple of micro_batch_size {self.micro_batch_size}")
         if not self.draft or "/" in self.draft or self.draft.startswith("."):
             raise UserError(f"train.draft is {self.draft!r}; it names a folder, so no slash and no leading dot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where else a training's values go, through DeepSpeed's monitor. drafts/NAME/metrics.csv and held_out.jsonl are always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "comet", "csv"]] = opt(
+        [],
+        "tensorboard and csv (a file a value) write to drafts/NAME/tracking; wandb and comet take their keys from the environment",
+    )
+    project: str = opt("eagle3-offline", "project at wandb and comet")
+    run_name: str | None = opt(None, "name of the run there; none: the recipe's name and the draft's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +283,7 @@ class Recipe:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     dump: DumpConfig = field(default_factory=DumpConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
@@ -341,6 +375,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(a for a in args if a is not type(None)), name)
     if origin is Literal:
+        value = "off" if value is False and "off" in args else value  # YAML 1.1 reads off as false
         if value not in args:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
         return value

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def fit_basis(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
 
 
 def seal(run: Run, recipe: Recipe, allow_partial: bool = False) -> Summary:
-    target = _target(run, recipe)
-    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, target, run.claimed("dump-hidden")["engine"]), allow_partial)
+    made = run.claimed("dump-hidden")
+    target = replace(_target(run, recipe), layers=tuple(made["layers"]))  # perhaps given by --layers alone
+    return capture_dump.seal(run, capture_dump.dump_spec(run, recipe, target, made["engine"]), allow_partial)
 
 
 def import_dump(run: Run, recipe: Recipe, folder: Path, masks: Path | None, trust_ckpt: bool, stop: StopSignal) -> Summary:

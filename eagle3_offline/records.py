@@ -29,6 +29,10 @@ class EngineFailed(Exception):
     """The target's engine died, or gave what it must not. What it was working on is not done; a re-run can help. Exit code 1."""
 
 
+class RankFailed(Exception):
+    """One of a training's processes failed, and the others were ended; a re-run goes on from the newest checkpoint. Exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the stage to stop; everything finished so far is kept and a re-run goes on. Exit code 85."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from eagle3_offline.config import Recipe, load_recipe, section_help, to_yaml
-from eagle3_offline.records import CheckFailed, EngineFailed, Stopped, Summary, TooManyRejected, UserError
+from eagle3_offline.records import CheckFailed, EngineFailed, RankFailed, Stopped, Summary, TooManyRejected, UserError
 from eagle3_offline.runs import EXIT_FAULT, EXIT_REJECTED, EXIT_STOPPED, EXIT_USAGE, Run, StopSignal, parse_units
 
 # They say what is wrong: a full or read-only disk, storage that fails or does not answer. A traceback would bury it.
@@ -31,6 +31,13 @@ def with_recipe(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def stage_words(stage: str, recipe: str | None, overrides: tuple[str, ...], run_folder: Path | None) -> list[str]:
+    """The words of a stage's command line, for another process to run it."""
+    options = {"--recipe": recipe, "--run": run_folder}
+    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return [stage, *words, *(word for override in overrides for word in ("--set", override))]
 
 
 def with_units(command: Callable) -> Callable:
@@ -58,7 +65,7 @@ def finish(stage: str, as_json: bool, work: Callable[[], Summary]) -> None:
         _leave(stage, error, EXIT_USAGE)
     except TooManyRejected as error:
         _leave(stage, error, EXIT_REJECTED)
-    except (CheckFailed, EngineFailed) as error:
+    except (CheckFailed, EngineFailed, RankFailed) as error:
         _leave(stage, error, EXIT_FAULT)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -116,4 +123,4 @@ def _leave(stage: str, error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["finish", "opened", "parse_units", "run_stage", "sections", "with_recipe", "with_units"]
+__all__ = ["finish", "opened", "parse_units", "run_stage", "sections", "stage_words", "with_recipe", "with_units"]

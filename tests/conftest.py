@@ -70,6 +70,14 @@ def dumped(random_target, tmp_path_factory):
     return cli
 
 
+@pytest.fixture(scope="session")
+def trained(dumped, tmp_path_factory):
+    """An uninterrupted training of 12 steps."""
+    cli = dumped.copy(tmp_path_factory.mktemp("trained") / "run")
+    cli.stage("train")
+    return cli
+
+
 @pytest.fixture
 def copied(dumped, tmp_path):
     """A copy of the dumped run, to train in."""

@@ -4,7 +4,7 @@ The draft sees the captured layers only through `fc`, whose rank is at most H; s
 train `fc_r` [H, r] on it; export writes `fc_r @ P.T`, an ordinary EAGLE-3 fc. P = diag(1/s) U: s each channel's rms, U the leading
 eigenvectors of the uncentred second moment of the scaled states (fc has no bias), outlier tokens left out of both.
 
-Legend: T tokens, C = n_aux * H channels, r rank, n teachers, V vocabulary, k kept logits.
+Legend: T tokens, C = n_aux * H channels, r rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..records import CapturedRow, TokenRow, TopLogits, UserError
+from ..logits import HeadTransform
+from ..records import CapturedRow, TokenRow, UserError
 from ..store.format import DumpSpec, last_positions
-from ..store.numeric import outlier_tokens, put_float32, to_float32
+from ..store.numeric import outlier_tokens, to_float32
+from ..target.engine import Asked, Reduced
+from ..target.reduction import Reducer, from_storage
 
 TOKENS_PER_CHANNEL = 10  # a basis is fitted on at least so many tokens for each of the C channels
 RIDGE = 1e-3  # added to the diagonal of a ridge regression, in units of the mean diagonal
 _PRODUCT_TOKENS = 4096  # tokens of one product: adding up [C, C] takes longer than multiplying a short row
-_TEACHER_ROWS = 256  # logits [rows, V] in fp32 at a time
 
 
 class Moments:
@@ -85,45 +87,40 @@ class Moments:
 
 
 class Reduction:
-    """Reduces captured rows to what a compact dump keeps."""
+    """Reduces captured rows that are on the host to what a compact dump keeps; `dump-hidden` does it on the engine's device instead."""
 
-    def __init__(self, spec: DumpSpec, basis: Mapping[str, np.ndarray], lm_head: Tensor, device: torch.device | str = "cpu"):
-        """lm_head [V, H]"""
-        self.spec = spec
+    def __init__(
+        self,
+        spec: DumpSpec,
+        basis: Mapping[str, np.ndarray],
+        lm_head: Tensor,
+        device: torch.device | str = "cpu",
+        transform: HeadTransform | None = None,
+    ):
+        """lm_head [V, H]; transform: what the target does to W h, None: nothing"""
         self.device = torch.device(device)
-        self.projection = (torch.from_numpy(basis["components"].copy()) / torch.from_numpy(basis["scale"].copy())[:, None]).to(self.device)
-        if self.projection.shape[1] != spec.compact.rank:
-            raise UserError(
-                f"the basis has rank {self.projection.shape[1]}, the dump's is {spec.compact.rank}: remove the dump's folder to fit it anew"
-            )
-        self.lm_head = lm_head.to(self.device)
+        self.reducer = make_reducer(spec, basis, lm_head, transform).on(self.device)
 
     def __call__(self, row: TokenRow, aux: np.ndarray, last: np.ndarray) -> CapturedRow:
         """aux [T, C] and last [T_last, H] in storage dtype."""
-        values = torch.from_numpy(to_float32(aux, self.spec.dtype)).to(self.device)
-        projected = np.empty((len(aux), self.spec.compact.rank), self.spec.storage_dtype)
-        put_float32((values @ self.projection).cpu().numpy(), projected, self.spec.dtype)
-        positions = last_positions(row.turns, len(row.input_ids))
-        following = np.append(row.input_ids, -1)[positions + 1]  # -1: no token follows
-        states = torch.from_numpy(to_float32(last, self.spec.dtype)).to(self.device)
-        return CapturedRow(row, projected, None, top_logits(states, self.lm_head, following, self.spec.compact.top_k))
+        following = asked(row).following
+        return captured(row, self.reducer(from_storage(aux).to(self.device), from_storage(last).to(self.device), following))
 
 
-def top_logits(last: Tensor, lm_head: Tensor, following: np.ndarray, k: int) -> TopLogits:
-    """The k largest of last [n, H] @ lm_head.T with their exact log-sum-exp; the token that followed ([n], -1 for none) among them."""
-    ids, log_probs, normaliser = [], [], []
-    after = torch.from_numpy(following.astype(np.int64)).to(last.device)
-    for start in range(0, len(last), _TEACHER_ROWS):
-        logits = (last[start : start + _TEACHER_ROWS].to(lm_head.dtype) @ lm_head.T).float()  # [rows, V]
-        values, index = logits.topk(k)
-        wanted = after[start : start + len(logits), None]
-        absent = (wanted >= 0) & (index != wanted).all(1, keepdim=True)  # the last of the k gives way
-        index[:, -1:] = torch.where(absent, wanted, index[:, -1:])
-        values[:, -1:] = torch.where(absent, logits.gather(1, wanted.clamp(min=0)), values[:, -1:])
-        total = logits.logsumexp(1)
-        ids.append(index.int().cpu())
-        log_probs.append((values - total[:, None]).clamp(min=torch.finfo(torch.float16).min).half().cpu())
-        normaliser.append(total.cpu())
-    if not ids:
-        return TopLogits(np.empty((0, k), np.int32), np.empty((0, k), np.float16), np.empty(0, np.float32))
-    return TopLogits(*(torch.cat(pieces).numpy() for pieces in (ids, log_probs, normaliser)))
+def make_reducer(spec: DumpSpec, basis: Mapping[str, np.ndarray], lm_head: Tensor, transform: HeadTransform | None = None) -> Reducer:
+    """lm_head [V, H]"""
+    projection = torch.from_numpy(basis["components"].copy()) / torch.from_numpy(basis["scale"].copy())[:, None]
+    if projection.shape[1] != spec.compact.rank:
+        raise UserError(
+            f"the basis has rank {projection.shape[1]}, the dump's is {spec.compact.rank}: remove the dump's folder to fit it anew"
+        )
+    return Reducer(projection, lm_head, spec.compact.top_k, transform)
+
+
+def asked(row: TokenRow) -> Asked:
+    """What an engine reads of a row for a compact dump."""
+    return Asked(row.input_ids, last_positions(row.turns, len(row.input_ids)))
+
+
+def captured(row: TokenRow, reduced: Reduced) -> CapturedRow:
+    return CapturedRow(row, reduced.aux, None, reduced.top)

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from ..config import DumpConfig
+from ..logits import head_transform
 from ..progress import StageProgress
 from ..records import CapturedRow, Reject, Sample, Summary, TokenRow, TooManyRejected, UserError
 from ..runs import StopSignal
 from ..store.background import BackgroundPart
+from ..store.estimate import estimate, refuse_full_disk
 from ..store.format import EXACT_CODECS, Compact, DumpSpec
 from ..store.merge import planned_units
 from ..store.numeric import to_float32
 from ..store.part import read_part_json
-from ..store.places import place
+from ..store.places import is_remote, place
 from ..store.reader import Dump
 from ..store.seal import seal, sealed
-from ..store.target_files import BASIS, carried, has_target, read_basis, read_index, write_target
+from ..store.target_files import BASIS, BIAS, carried, has_target, read_basis, read_index, write_target
 from ..store.writer import PartWriter
 from .compact import Moments, Reduction
 
@@ -39,6 +41,7 @@ def degrade(source: Path | str, into: Path | str, config: DumpConfig, stop: Stop
         raise UserError(f"{source} is {kind} itself; degrade a full lossless dump, so that what is lost is lost once")
     _claim(dump, into, config)
     spec, reduction = _prepare(dump, into, config, stop)
+    _check_space(dump, into, spec, config.force)
     rejects: list[Reject] = []
     with StageProgress("store degrade", len(dump)) as progress:
         for number, entry in enumerate(dump.manifest["parts"]):
@@ -50,6 +53,16 @@ def degrade(source: Path | str, into: Path | str, config: DumpConfig, stop: Stop
         named = "; ".join(reject.reason for reject in rejects[:3]) or "see the parts' part.json"
         raise TooManyRejected(f"{lost} of {len(dump)} rows could not be stored in {into} ({named}): choose another codec or mode")
     return {"dump": str(into), **counts, "share_of_raw": counts["stored_bytes"] / max(1, counts["raw_bytes"])}
+
+
+def _check_space(dump: Dump, into: Path | str, spec: DumpSpec, force: bool) -> None:
+    """Refuse to begin what the disk will not hold. For object storage that is one part at a time, before it is sent."""
+    parts = [part for part in dump.manifest["parts"] if not sealed(into, part["unit"])]
+    sizes = [estimate(spec, part["rows"], part["tokens"], part["last"]).bytes for part in parts]
+    if sizes and is_remote(into):
+        refuse_full_disk(tempfile.gettempdir(), max(sizes), "a part", force)
+    elif sizes:
+        refuse_full_disk(into, sum(sizes), f"what is left of {into}", force)
 
 
 def _claim(dump: Dump, into: Path | str, config: DumpConfig) -> None:
@@ -86,7 +99,8 @@ def _prepare(dump: Dump, into: Path | str, config: DumpConfig, stop: StopSignal)
     compact = Compact(rank, config.top_k, read_index(into)[BASIS]["xxh3_128"])
     spec = replace(dump.spec, codec=config.aux_codec, last_codec=None, compact=compact)
     basis = read_basis(into)
-    return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu")
+    transform = head_transform(dump.target_json("config.json"), _float(dump, BIAS) if BIAS in dump.target_tensors() else None)
+    return spec, Reduction(spec, basis, _float(dump, "lm_head.weight"), "cuda" if torch.cuda.is_available() else "cpu", transform)
 
 
 def fit_basis_of_dump(dump: Dump, rank: int, stop: StopSignal) -> dict[str, np.ndarray]:

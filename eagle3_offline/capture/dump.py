@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
-
-import torch
 
 from ..config import Recipe
-from ..conversations.token_rows import answer_tokens, read_token_rows
+from ..conversations.token_rows import answer_tokens, read_token_rows, token_row_ids
+from ..logits import head_transform
 from ..progress import StageProgress
 from ..records import CapturedRow, EngineFailed, Reject, Summary, TokenRow, UserError
 from ..runs import NotClaimed, Run, StopSignal, Unit, check_rejected, digest
 from ..store import seal as store_seal
 from ..store.background import BackgroundPart
-from ..store.estimate import estimate
+from ..store.estimate import estimate, refuse_full_disk
 from ..store.format import Compact, DumpSpec, last_positions
-from ..store.numeric import all_finite, to_float32
+from ..store.numeric import all_finite
 from ..store.places import is_remote
-from ..store.target_files import BASIS, has_target, read_basis, read_index, read_target, write_target
+from ..store.target_files import BASIS, BIAS, carried, has_target, read_basis, read_index, read_target, write_target
 from ..store.writer import PartWriter
 from ..target.engine import Engine, States
 from ..target.folder import carried_files, head_tensors, text_config
-from ..target.transformers_engine import to_storage
-from .compact import TOKENS_PER_CHANNEL, Moments, Reduction
+from ..target.reduction import Reducer, from_storage, to_storage
+from .compact import TOKENS_PER_CHANNEL, Moments, asked, captured, make_reducer
 from .target import OpenTarget
 
 STAGE = "dump-hidden"
 BROKEN = 2  # units in a row during which an engine failed: the next one would fail as well
 BASIS_MARGIN = 1.2  # tokens that a basis is fitted on, as a multiple of what it needs: outlier tokens do not count
-
-Keep = Callable[[TokenRow, States], CapturedRow]
 
 
 def dump_spec(run: Run, recipe: Recipe, target: OpenTarget, engine: dict[str, str]) -> DumpSpec:
@@ -84,7 +80,7 @@ def dump_hidden(run: Run, recipe: Recipe, target: OpenTarget, numbers: list[int]
     chosen = [unit for unit in plan.select(numbers) if unit in needed]
     todo = [unit for unit in chosen if not store_seal.sealed(run.dump, unit.unit)]
     check_space(run, spec, todo, recipe.dump.force)
-    with StageProgress(STAGE, sum(len(unit.rows) for unit in todo)) as progress:
+    with StageProgress(STAGE, sum(len(token_row_ids(run, unit)) for unit in todo)) as progress:
         failed = _dump_units(run, todo, target, spec, recipe, stop, progress)
     if failed:
         first = min(failed)
@@ -101,13 +97,13 @@ def _dump_units(
     """
     failed: dict[int, EngineFailed] = {}
     engine: Engine | None = None
-    keep = _keep(run, spec)
+    reducer = _reducer(run, spec)
     in_a_row = 0
     try:
         for unit in units:
-            engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens)
+            engine = engine or target.engine(run.folder / "logs" / f"sglang-dump-{unit.name}.log", recipe.dump.batch_tokens, reducer)
             try:
-                _dump_unit(run, unit, engine, keep, spec, recipe, stop, progress)
+                _dump_unit(run, unit, engine, spec, recipe, stop, progress)
             except EngineFailed as error:
                 failed[unit.unit] = error
                 engine.close()
@@ -133,16 +129,11 @@ def check_space(run: Run, spec: DumpSpec, units: list[Unit], force: bool) -> Non
     """Refuse to begin what the disk will not hold. For object storage that is one unit at a time, in the run folder."""
     if not units:
         return
-    where = run.folder if is_remote(run.dump) else Path(run.dump)
-    folder = next(path for path in (where, *where.absolute().parents) if path.is_dir())
     sizes = [_estimated_bytes(run, spec, unit) for unit in units]
-    needed = max(sizes) if is_remote(run.dump) else sum(sizes)
-    free = shutil.disk_usage(folder).free
-    if needed > free and not force:
-        raise UserError(
-            f"the dump of {len(units)} units is estimated at {needed / 1e9:,.2f} GB, {folder} has {free / 1e9:,.2f} GB free: make room, "
-            f"choose another codec or mode (see `store estimate`), or dump nevertheless with --set dump.force=true"
-        )
+    if is_remote(run.dump):
+        refuse_full_disk(run.folder, max(sizes), "a unit's part", force)
+    else:
+        refuse_full_disk(run.dump, sum(sizes), f"the dump of {len(units)} units", force)
 
 
 def _estimated_bytes(run: Run, spec: DumpSpec, unit: Unit) -> int:
@@ -151,27 +142,32 @@ def _estimated_bytes(run: Run, spec: DumpSpec, unit: Unit) -> int:
     return estimate(spec, len(rows), sum(len(row.input_ids) for row in rows), teachers).bytes
 
 
-def _keep(run: Run, spec: DumpSpec) -> Keep:
-    """What is kept of a row's states."""
-
-    def full(row: TokenRow, states: States) -> CapturedRow:
-        return CapturedRow(row, states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))])
-
+def _reducer(run: Run, spec: DumpSpec) -> Reducer | None:
+    """What a compact dump is reduced with, on the engine's device."""
     if spec.compact is None:
-        return full
-    head = torch.from_numpy(to_float32(read_target(run.dump)["lm_head.weight"].copy(), spec.dtype))
-    reduction = Reduction(spec, read_basis(run.dump), head, "cuda" if torch.cuda.is_available() else "cpu")
-
-    def compact(row: TokenRow, states: States) -> CapturedRow:
-        whole = full(row, states)
-        return reduction(row, whole.aux, whole.last)
-
-    return compact
+        return None
+    tensors = {name: from_storage(array.copy()) for name, array in read_target(run.dump).items()}
+    transform = head_transform(json.loads(carried(run.dump)["config.json"]), tensors.get(BIAS))
+    return make_reducer(spec, read_basis(run.dump), tensors["lm_head.weight"], transform)
 
 
-def _dump_unit(
-    run: Run, unit: Unit, engine: Engine, keep: Keep, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress
-) -> None:
+def capture(engine: Engine, spec: DumpSpec, batches: list[list[TokenRow]]) -> Iterator[list[CapturedRow]]:
+    """What the dump keeps of each batch's rows."""
+    if spec.compact is None:
+        found = engine.prefill_batches([[row.input_ids for row in batch] for batch in batches])
+        for batch, states in zip(batches, found, strict=True):
+            yield [_whole(row, one) for row, one in zip(batch, states, strict=True)]
+    else:
+        found = engine.reduced_batches([list(map(asked, batch)) for batch in batches])
+        for batch, reduced in zip(batches, found, strict=True):
+            yield list(map(captured, batch, reduced))
+
+
+def _whole(row: TokenRow, states: States) -> CapturedRow:
+    return CapturedRow(row, states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))])
+
+
+def _dump_unit(run: Run, unit: Unit, engine: Engine, spec: DumpSpec, recipe: Recipe, stop: StopSignal, progress: StageProgress) -> None:
     rows = read_token_rows(run.tokens(unit.unit))
     limit = min(spec.max_length, engine.longest_row or spec.max_length)
     rejects = [
@@ -184,10 +180,10 @@ def _dump_unit(
         for reject in (*run.read_rejects("regenerate", unit.unit), *rejects):
             part.reject(reject)
         batches = list(token_batches(rows, recipe.dump.batch_tokens))
-        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
+        for batch, found in zip(batches, capture(engine, spec, batches), strict=True):
             stop.check()
-            for row, states in zip(batch, captured, strict=True):
-                background.add(keep(row, states))
+            for row in found:
+                background.add(row)
             progress.advance(len(batch), sum(len(row.input_ids) for row in batch))
         rejects += background.finish()  # not finite, say: these rows only
         run.write_rejects(STAGE, unit.unit, rejects)  # first: a sealed part is skipped by a re-run
@@ -209,7 +205,7 @@ def token_batches(rows: list[TokenRow], limit: int) -> Iterator[list[TokenRow]]:
 
 def _summary(run: Run, units: list[Unit], recipe: Recipe) -> Summary:
     rejected = sum(len(run.read_rejects(STAGE, unit.unit)) for unit in units)
-    given = sum(len(unit.rows) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
+    given = sum(len(token_row_ids(run, unit)) - len(run.read_rejects("regenerate", unit.unit)) for unit in units)
     check_rejected(STAGE, given - rejected, rejected, recipe.max_rejected, run.errors(STAGE))
     return {"done": given - rejected, "rejected": rejected, "units": [unit.unit for unit in units]}
 
@@ -232,9 +228,9 @@ def fit_basis(run: Run, recipe: Recipe, target: OpenTarget, stop: StopSignal) ->
     batches = list(token_batches(sorted(rows, key=lambda row: len(row.input_ids)), recipe.dump.batch_tokens))
     engine = target.engine(run.folder / "logs" / "sglang-fit-basis.log", recipe.dump.batch_tokens)
     with closing(engine), StageProgress("fit-basis", len(rows)) as progress:
-        for batch, captured in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
+        for batch, found in zip(batches, engine.prefill_batches([[row.input_ids for row in b] for b in batches]), strict=True):
             stop.check()
-            for row, states in zip(batch, captured, strict=True):
+            for row, states in zip(batch, found, strict=True):
                 aux, last = states.side_by_side(), states.last[last_positions(row.turns, len(row.input_ids))]
                 if all_finite(aux, target.dtype) and all_finite(last, target.dtype):  # else `dump-hidden` rejects the row
                     moments.add(row, aux, last, norm, target.dtype)
@@ -271,5 +267,5 @@ def seal(run: Run, spec: DumpSpec, allow_partial: bool = False) -> Summary:
     """Join the parts of all needed units into one dump with its manifest. Refuses gaps unless allow_partial."""
     plan = run.read_plan()
     units = plan.needed(lambda u: answer_tokens(run.tokens(u.unit)))
-    manifest = store_seal.seal(run.dump, spec, [(unit.unit, unit.split, unit.rows) for unit in units], allow_partial)
+    manifest = store_seal.seal(run.dump, spec, [(unit.unit, unit.split, token_row_ids(run, unit)) for unit in units], allow_partial)
     return manifest["counts"]

@@ -34,7 +34,7 @@ from ..store.seal import PlannedUnit, seal, sealed
 from ..store.target_files import write_target
 from ..store.writer import PartWriter
 from ..target.folder import carried_files, head_tensors, text_config
-from ..target.transformers_engine import to_storage
+from ..target.reduction import to_storage
 from .target import OpenTarget
 
 STAGE = "store import"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from ..conversations.token_rows import read_token_rows
-from ..records import Message, Reject
+from ..records import Message, Reject, TokenRow
 from ..runs import Run, Unit, continue_jsonl, read_jsonl, unit_name, write_jsonl
-from .dialogues import Dialogue
+from .dialogues import Answered, Dialogue
 
 
 def journal_path(run: Run, unit: int) -> Path:
@@ -39,8 +40,9 @@ class Journal:
         if line is None:
             return False
         dialogue.pending = []
-        dialogue.ids, dialogue.finish_reasons = line["ids"], line["finish_reasons"]
-        dialogue.turns = [(start, end) for start, end in line["turns"]]
+        dialogue.answered = [
+            Answered(row["ids"], [(start, end) for start, end in row["turns"]], row["finish_reasons"]) for row in line["rows"]
+        ]
         dialogue.history = [Message(**message) for message in line["history"]]
         dialogue.reject = Reject(**line["reject"]) if line["reject"] else None
         return True
@@ -49,7 +51,7 @@ class Journal:
         """Note that a dialogue is over, answered or rejected."""
         reject = dataclasses.asdict(dialogue.reject) if dialogue.reject else None
         history = [dataclasses.asdict(message) for message in dialogue.history]
-        line = _line(dialogue.row.id, dialogue.ids, dialogue.turns, dialogue.finish_reasons, history, reject)
+        line = {"id": dialogue.row.id, "rows": list(map(dataclasses.asdict, dialogue.answered)), "history": history, "reject": reject}
         self._handle.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._handle.flush()
 
@@ -62,15 +64,24 @@ def reopen(run: Run, unit: Unit, stage: str) -> int:
     rejects = run.read_rejects(stage, unit.unit)
     again = sum(reject.retry for reject in rejects)
     if again:
-        texts = {text["id"]: text["conversations"] for text in read_jsonl(run.regenerated(unit.unit))}
-        rows = read_token_rows(run.tokens(unit.unit))
-        lines = [_line(row.id, row.input_ids.tolist(), row.turns, row.finish_reasons, texts[row.id], None) for row in rows]
-        lines += [_line(reject.id, [], [], [], [], dataclasses.asdict(reject)) for reject in rejects if not reject.retry]
+        rows = iter(read_token_rows(run.tokens(unit.unit)))
+        lines = [
+            {"id": text["id"], "rows": _rows_of(text["conversations"], rows), "history": text["conversations"], "reject": None}
+            for text in read_jsonl(run.regenerated(unit.unit))
+        ]
+        lines += [
+            {"id": reject.id, "rows": [], "history": [], "reject": dataclasses.asdict(reject)} for reject in rejects if not reject.retry
+        ]
         write_jsonl(journal_path(run, unit.unit), lines)
         run.tokens(unit.unit).unlink()
     return again
 
 
-def _line(row: str, ids: list[int], turns: Any, finish_reasons: Any, history: list[Any], reject: dict[str, Any] | None) -> dict[str, Any]:
-    turns, reasons = [list(turn) for turn in turns], list(finish_reasons)
-    return {"id": row, "ids": ids, "turns": turns, "finish_reasons": reasons, "history": history, "reject": reject}
+def _rows_of(messages: list[dict[str, str]], rows: Iterator[TokenRow]) -> list[dict[str, Any]]:
+    """The next token rows, as many as hold this conversation's answers: both files are in the same order."""
+    left, found = sum(message["role"] == "assistant" for message in messages), []
+    while left > 0:
+        row = next(rows)
+        found.append({"ids": row.input_ids.tolist(), "turns": row.turns, "finish_reasons": row.finish_reasons})
+        left -= len(row.turns)
+    return found

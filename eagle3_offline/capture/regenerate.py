@@ -46,6 +46,7 @@ def regenerate(
 
     servers: running SGLang servers to ask; none: the recipe's engine. retry_errors: also answer rejected rows that a retry can help.
     """
+    target = dataclasses.replace(target, template=target.template.reasoned(recipe.regenerate.reasoning))
     over_http = bool(servers) or target.engine_name == "sglang"
     run.claim(STAGE, settings(run, recipe, target, "sglang" if over_http else "transformers"))
     plan = run.read_plan()
@@ -96,7 +97,7 @@ def _answer_unit(run: Run, unit: Unit, asker: Asker, progress: StageProgress, st
 
         def done(dialogue: Dialogue) -> None:
             journal.add(dialogue)
-            progress.advance(1, sum(end - start for start, end in dialogue.turns))
+            progress.advance(1, dialogue.answer_tokens)
 
         asker.answer_all(asking, stop, done)
     _write_unit(run, unit, dialogues)
@@ -147,4 +148,4 @@ def _write_unit(run: Run, unit: Unit, dialogues: list[Dialogue]) -> None:
     done = [dialogue for dialogue in dialogues if dialogue.reject is None]
     write_jsonl(run.regenerated(unit.unit), [dialogue.text() for dialogue in done])
     run.write_rejects(STAGE, unit.unit, [d.reject for d in dialogues if d.reject is not None])
-    write_token_rows(run.tokens(unit.unit), [dialogue.token_row(unit.split) for dialogue in done])
+    write_token_rows(run.tokens(unit.unit), [row for dialogue in done for row in dialogue.token_rows(unit.split)])

@@ -12,10 +12,12 @@ from transformers import AutoTokenizer
 
 from ..config import TargetConfig
 from ..conversations.template import ChatTemplate
+from ..logits import head_transform
 from ..records import STORAGE_DTYPE
 from ..runs import NotClaimed, Run, SettingsChanged
 from ..target.engine import Engine, capture_layers
 from ..target.folder import quick_fingerprint, target_dtype, text_config, weights_hash
+from ..target.reduction import Reducer
 from ..target.sglang_engine import SglangEngine
 from ..target.sglang_server import installed_version, require_tested_version
 from ..target.transformers_engine import TransformersEngine
@@ -36,18 +38,19 @@ class OpenTarget:
     engine_name: str  # "sglang" or "transformers"
     sglang: dict[str, Any]  # arguments for the SGLang that is started here
 
-    def transformers(self) -> TransformersEngine:
+    def transformers(self, reducer: Reducer | None = None) -> TransformersEngine:
         """Load the weights into this process."""
-        return TransformersEngine(self.folder, self.layers, self.dtype, self.trust_remote_code)
+        return TransformersEngine(self.folder, self.layers, self.dtype, self.trust_remote_code, reducer)
 
     def engine_version(self) -> str:
         """Of the engine that runs here; UserError where it is SGLang and not to be used for a dump."""
         return require_tested_version() if self.engine_name == "sglang" else transformers.__version__
 
-    def engine(self, log: Path, batch_tokens: int) -> Engine:
-        """Load the weights, to read hidden states. log: file for SGLang's output; batch_tokens: of one prefill batch."""
+    def engine(self, log: Path, batch_tokens: int, reducer: Reducer | None = None) -> Engine:
+        """Load the weights, to read hidden states. log: file for SGLang's output; batch_tokens: of one prefill batch; reducer: of a
+        compact dump."""
         if self.engine_name == "transformers":
-            return self.transformers()
+            return self.transformers(reducer)
         token_bytes = (len(self.layers) + 1) * text_config(self.folder)["hidden_size"] * STORAGE_DTYPE[self.dtype].itemsize
         return SglangEngine(
             self.folder,
@@ -58,6 +61,7 @@ class OpenTarget:
             options=self.sglang,
             trust_remote_code=self.trust_remote_code,
             batch_bytes=max(batch_tokens, self.context) * token_bytes,
+            reducer=reducer,
         )
 
 
@@ -71,6 +75,7 @@ def engine_name(wanted: str) -> str:
 def open_target(run: Run, config: TargetConfig, folder: Path) -> OpenTarget:
     """Check the target in `folder` against the run's (or make it the run's). The weights are hashed once per run."""
     shape = text_config(folder)
+    head_transform(shape)  # refuses one that no teacher could be made of
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     template = ChatTemplate(tokenizer, config.chat_template)
     return OpenTarget(

@@ -1,4 +1,8 @@
-"""tokens/unit-*.parquet: one row per conversation, as the engine's own token ids. Written whole; its presence means done."""
+"""tokens/unit-*.parquet: conversations as the engine's own token ids. Written whole; its presence means done.
+
+One row a conversation, under its id; several, under ID#0, ID#1, ..., where later turns do not see the earlier ones as they were
+generated (see `regenerate.reasoning`).
+"""
 
 from __future__ import annotations
 
@@ -56,6 +60,18 @@ def read_token_rows(path: Path) -> list[TokenRow]:
             raise UserError(f"{path}: row {row.id}: loss_mask is not the union of its turns {turns}")
         rows.append(row)
     return rows
+
+
+def token_row_ids(run: Run, unit: Unit) -> tuple[str, ...]:
+    """Ids of the token rows of a unit's conversations, in planned order; a conversation that has none stands for itself."""
+    if not run.tokens(unit.unit).is_file():
+        return unit.rows
+    found: dict[str, list[str]] = {name: [] for name in unit.rows}
+    for name in pq.read_table(run.tokens(unit.unit), columns=["id"])["id"].to_pylist():
+        conversation = name if name in found else name.rpartition("#")[0]
+        if conversation in found:
+            found[conversation].append(name)
+    return tuple(name for planned, names in found.items() for name in names or [planned])
 
 
 def plan_of_token_rows(run: Run) -> Plan:

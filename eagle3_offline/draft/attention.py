@@ -1,6 +1,6 @@
 """Attention of a chain: one softmax over the step-0 keys j <= p of the row's own conversation, plus the row's own later keys.
 
-Legend: n query rows, T step-0 rows of the conversation, k later steps, h heads, kv key/value heads, d head dim.
+Legend: n query rows, T step-0 rows, k later steps, h heads, kv key/value heads, g = h / kv, d head dim, b rows of a block.
 
     conversation rows   0 1 2 3 4        row p = 2 at step 2 sees the keys
     step-0 keys         a b c d e            a b c          (causal over step 0)
@@ -8,12 +8,36 @@ Legend: n query rows, T step-0 rows of the conversation, k later steps, h heads,
 
 At serving the keys of drafted positions are thrown away after each verification and recomputed from the target's true
 features, so that earlier rows are seen as step-0 keys only.
+
+Backends:
+
+    reference   scores [n, T + k] of a conversation, one softmax over all
+    blockwise   the part of the step-0 keys in blocks of rows, made again in the backward pass: no [n, T] stays in memory
+    flex        that part by torch's flex_attention, a fused kernel on a GPU; on a CPU it has no gradient and is slow
+
+The latter two return the step-0 part with the log-sum-exp of its scores, by which it is weighed against the own keys.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks
+BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**25}  # h x b x T of a block
+
+
+class Conversation(NamedTuple):
+    """Which of a batch's rows are one conversation."""
+
+    start: int  # its step-0 rows are start .. stop
+    stop: int
+    count: int  # its query rows, which follow those of the conversations before it
 
 
 def attend(
@@ -23,27 +47,114 @@ def attend(
     values: Tensor,
     own_keys: list[Tensor],
     own_values: list[Tensor],
-    begins: Tensor | None = None,
+    conversations: list[Conversation] | None = None,
+    backend: str = "reference",
 ) -> Tensor:
-    """Attention of one conversation, or with `begins` of several side by side. Returns [n, h, d].
+    """Attention of a batch's conversations, each within itself. Returns [n, h, d].
 
-    query [n, h, d] of the rows `rows` [n] (indices into the conversation's step-0 rows); keys, values [T, kv, d];
-    own_keys, own_values: per later step 1..k the rows' own [n, kv, d]. begins [n]: first row of each row's conversation.
+    query [n, h, d] of the rows `rows` [n], indices into the step-0 rows, ascending within a conversation; keys, values [T, kv, d];
+    own_keys, own_values: per later step 1..k the rows' own [n, kv, d]. No conversations: all rows are one.
     """
-    n, heads, dim = query.shape
-    groups = heads // keys.shape[1]
-    query = (query * dim**-0.5).unflatten(1, (-1, groups))  # [n, kv, g, d]
-    scores = torch.einsum("nkgd,tkd->nkgt", query, keys)
-    places = torch.arange(len(keys), device=rows.device)
-    hidden = places > rows[:, None]  # [n, T]: the future
-    if begins is not None:
-        hidden |= places < begins[:, None]  # other conversations
-    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    conversations = conversations or [Conversation(0, len(keys), len(query))]
+    query = query * query.shape[-1] ** -0.5
+    if backend == "flex":
+        return _merged(*_step_zero_flex(query, rows, keys, values, conversations), query, own_keys, own_values)
+    pieces, first = [], 0
+    for start, stop, count in conversations:
+        mine = slice(first, first + count)
+        first += count
+        one = query[mine], rows[mine] - start, keys[start:stop], values[start:stop]
+        own = [x[mine] for x in own_keys], [x[mine] for x in own_values]
+        if backend == "blockwise" or (backend == "auto" and count * (stop - start) > AUTO_SCORES):
+            pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
+        else:
+            pieces.append(_reference(*one, *own))
+    return torch.cat(pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One softmax over everything
+
+
+def _reference(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
+    grouped, scores = _step_zero_scores(query, rows, keys)
     if own_keys:
-        own = torch.stack([(query * key[:, :, None]).sum(-1) for key in own_keys], dim=-1)  # [n, kv, g, k]
-        scores = torch.cat((scores, own), dim=-1)
-    weights = scores.softmax(-1, dtype=torch.float32 if scores.dtype == torch.bfloat16 else None).to(values.dtype)
+        scores = torch.cat((scores, _own_scores(grouped, own_keys)), dim=-1)  # [n, kv, g, T + k]
+    weights = scores.softmax(-1, dtype=_wide(scores)).to(values.dtype)
     out = torch.einsum("nkgt,tkd->nkgd", weights[..., : len(keys)], values)
     for step, value in enumerate(own_values):
         out = out + weights[..., len(keys) + step, None] * value[:, :, None]
     return out.flatten(1, 2)  # [n, h, d]
+
+
+def _step_zero_scores(query: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled queries [n, h, d] by key/value head [n, kv, g, d], and their scores [n, kv, g, T], -inf at the future."""
+    grouped = query.unflatten(1, (keys.shape[1], -1))
+    scores = torch.einsum("nkgd,tkd->nkgt", grouped, keys)
+    future = torch.arange(len(keys), device=rows.device) > rows[:, None]  # [n, T]
+    return grouped, scores.masked_fill(future[:, None, None, :], float("-inf"))
+
+
+def _own_scores(grouped: Tensor, own_keys: list[Tensor]) -> Tensor:
+    """[n, kv, g, k]"""
+    return torch.stack([(grouped * key[:, :, None]).sum(-1) for key in own_keys], dim=-1)
+
+
+def _wide(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step-0 part with its log-sum-exp, and the own keys merged into it
+
+
+def _merged(out: Tensor, log_sum: Tensor, query: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
+    """[n, h, d] of the step-0 part's output [n, h, d], the log-sum-exp [n, h] of its scores, and the own keys and values."""
+    if not own_keys:
+        return out
+    own = _own_scores(query.unflatten(1, (own_keys[0].shape[1], -1)), own_keys).flatten(1, 2)  # [n, h, k]
+    weights = torch.cat((log_sum[..., None], own.to(log_sum.dtype)), dim=-1).softmax(-1).to(out.dtype)  # [n, h, 1 + k]
+    merged = (weights[..., :1] * out).unflatten(1, (own_keys[0].shape[1], -1))  # [n, kv, g, d]
+    for step, value in enumerate(own_values):
+        merged = merged + weights.unflatten(1, (value.shape[1], -1))[..., step + 1, None] * value[:, :, None]
+    return merged.flatten(1, 2)
+
+
+def _step_zero_blockwise(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [n, h, d] and log-sum-exp [n, h] of one conversation."""
+    if not len(query):
+        return query, query.new_zeros(query.shape[:2], dtype=_wide(query))
+    size = max(1, BLOCK_SCORES[query.device.type] // (query.shape[1] * len(keys)))
+    ends = rows[size - 1 :: size].tolist() + rows[-1:].tolist()  # the last row of each block
+    blocks = [
+        checkpoint(_step_zero_block, query[i : i + size], rows[i : i + size], keys[: end + 1], values[: end + 1], use_reentrant=False)
+        for i, end in zip(range(0, len(query), size), ends, strict=False)
+    ]
+    return tuple(map(torch.cat, zip(*blocks, strict=True)))
+
+
+def _step_zero_block(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    _, scores = _step_zero_scores(query, rows, keys)
+    scores = scores.to(_wide(scores))
+    log_sum = scores.logsumexp(-1)  # [b, kv, g]
+    weights = (scores - log_sum[..., None]).exp().to(values.dtype)
+    return torch.einsum("nkgt,tkd->nkgd", weights, values).flatten(1, 2), log_sum.flatten(1, 2)
+
+
+def _step_zero_flex(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, conversations: list[Conversation]) -> tuple[Tensor, Tensor]:
+    """Output [n, h, d] and log-sum-exp [n, h] of all conversations in one call."""
+    counts = torch.tensor([c.count for c in conversations], device=rows.device)
+    begins = torch.tensor([c.start for c in conversations], device=rows.device).repeat_interleave(counts)  # [n]
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key >= begins[row]) & (key <= rows[row])
+
+    mask = create_block_mask(sees, None, None, len(query), len(keys), device=query.device)
+    one = [x.transpose(0, 1)[None] for x in (query, keys, values)]  # [1, h or kv, n or T, d]
+    out, aux = _flex(query.is_cuda)(*one, block_mask=mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    return out[0].transpose(0, 1), aux.lse[0].T
+
+
+@cache
+def _flex(compiled: bool):  # noqa: ANN202
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

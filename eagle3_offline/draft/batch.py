@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -33,10 +34,15 @@ class TopRows:
     log_probs: Tensor  # [n, k] fp32: logit - log-sum-exp of the whole vocabulary
 
 
-def _moved(value: object, device: torch.device) -> object:
-    if isinstance(value, TopRows):
-        return TopRows(_moved(value.ids, device), _moved(value.log_probs, device))
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+def _each_tensor(value: object, apply: Callable[[Tensor], Tensor]) -> object:
+    """The value with all of its tensors replaced, those of its records too."""
+    if isinstance(value, Tensor):
+        return apply(value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), apply) for f in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(_each_tensor(item, apply) for item in value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class DraftBatch:
     """Several conversations side by side: no padding, segments instead."""
 
     ids: tuple[str, ...]
-    aux: Tensor  # [N, A] captured states (or their projection) of tokens 0..T-2 of every conversation
+    aux: Tensor  # [N, A] captured states (or their projection) of tokens 0..T-2 of every conversation, as stored
+    aux_scale: Tensor | None  # [A] fp32
     tokens: Tensor  # [N] the token of each row at step 0, x[p+1]
     positions: Tensor  # [N] p
     segments: tuple[tuple[int, int], ...]  # flat row range of each conversation
@@ -53,10 +60,18 @@ class DraftBatch:
     teacher_counts: tuple[int, ...]  # rows of `last` or `top` per conversation
     steps: tuple[StepRows, ...]
 
+    @property
+    def scaled(self) -> Tensor:
+        """[N, A] the captured channels as the draft reads them."""
+        return self.aux if self.aux_scale is None else self.aux * self.aux_scale
+
     def to(self, device: torch.device) -> DraftBatch:
-        """The same batch on a device."""
-        steps = tuple(StepRows(**{f.name: _moved(getattr(step, f.name), device) for f in fields(step)}) for step in self.steps)
-        return DraftBatch(**{**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)}, "steps": steps})
+        """The same batch on a device; from pinned memory the copy waits for nothing."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> DraftBatch:
+        """The same batch in pinned memory, which torch keeps and uses again."""
+        return _each_tensor(self, Tensor.pin_memory)
 
 
 def to_torch(array: np.ndarray) -> Tensor:
@@ -68,19 +83,20 @@ def to_torch(array: np.ndarray) -> Tensor:
 def collate(samples: list[Sample], steps: int, aux_scale: Tensor | None = None) -> DraftBatch:
     """The batch of these samples, unrolled over `steps` steps.
 
-    aux_scale [A] multiplies the captured channels (training with channel scaling; export folds it into fc).
+    aux_scale [A] multiplies the captured channels (training with channel scaling; export folds it into fc). All in numpy, so that
+    a thread beside the training starts no torch threads of its own, which would take the cores from the training's.
     """
     starts = np.cumsum([0, *(len(sample.input_ids) - 1 for sample in samples)])
     teacher_starts = np.cumsum([0, *(len(sample.last_positions) for sample in samples)])
     ids = [sample.input_ids.astype(np.int64) for sample in samples]
-    aux = torch.cat([to_torch(sample.aux)[:-1] for sample in samples])
     return DraftBatch(
         ids=tuple(sample.id for sample in samples),
-        aux=aux if aux_scale is None else aux * aux_scale,
+        aux=to_torch(np.concatenate([sample.aux[:-1] for sample in samples])),
+        aux_scale=aux_scale,
         tokens=torch.from_numpy(np.concatenate([x[1:] for x in ids])),
         positions=torch.from_numpy(np.concatenate([np.arange(len(x) - 1) for x in ids])),
         segments=tuple((int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True)),
-        last=torch.cat([to_torch(sample.last) for sample in samples]) if samples[0].last is not None else None,
+        last=to_torch(np.concatenate([sample.last for sample in samples])) if samples[0].last is not None else None,
         top=_top_rows(samples) if samples[0].top is not None else None,
         teacher_counts=tuple(len(sample.last_positions) for sample in samples),
         steps=tuple(_step_rows(samples, ids, starts, teacher_starts, step) for step in range(steps)),

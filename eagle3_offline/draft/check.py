@@ -17,7 +17,7 @@ from .export import read_config, read_export
 from .layout import settings_of
 from .model import DraftHead
 from .serving import ChainDrafter
-from .settings import draft_settings
+from .settings import OWN_SHAPE, draft_settings
 from .trained import TrainedDraft, load_trained
 
 ROWS, CHAIN = 24, 4  # of the conversation that both drafts read
@@ -48,9 +48,12 @@ def _config_problems(
     config: dict[str, Any], trained: TrainedDraft, manifest: Mapping[str, Any], target_config: Mapping[str, Any]
 ) -> list[str]:
     """Every value of config.json that differs from what the dump and the training ask for."""
-    flags = {name: getattr(trained.head.settings, name) for name in ("fc_norm", "norm_output")}
-    layers, size = trained.head.settings.layers, len(trained.target_ids)
-    expected = asdict(draft_settings(dict(target_config), layers, size, **flags))
+    settings = trained.head.settings
+    chosen = {name: getattr(settings, name) for name in ("fc_norm", "norm_output", "hidden_size")}
+    layers, size = settings.layers, len(trained.target_ids)
+    expected = asdict(draft_settings(dict(target_config), layers, size, **chosen))
+    if trained.about["train"].get("start_from"):  # a published draft brings these along
+        expected |= {name: getattr(settings, name) for name in OWN_SHAPE}
     found = asdict(settings_of(config))
     problems = [
         f"{name} is {found[name]!r}, expected {expected[name]!r}" for name in expected if _plain(found[name]) != _plain(expected[name])
@@ -71,7 +74,7 @@ def logits_difference(trained: TrainedDraft, exported: DraftHead) -> float:
     """Norm of the difference of both drafts' logits, as a share of the norm, on a seeded made-up conversation of the right scale."""
     settings = exported.settings
     generator = torch.Generator().manual_seed(0)
-    scaled = torch.randn(ROWS, len(settings.layers) * settings.hidden_size, generator=generator)
+    scaled = torch.randn(ROWS, len(settings.layers) * settings.target_width, generator=generator)
     raw = scaled * _channel_sizes(trained, scaled.shape[1])
     embed = torch.randn(settings.vocab_size, settings.hidden_size, generator=generator) * 0.1
     tokens = torch.randint(settings.vocab_size, (ROWS + CHAIN,), generator=generator)

@@ -42,6 +42,7 @@ def export_config(settings: DraftSettings, to: str, dtype: str, special_ids: dic
         "model_type": "llama",
         "num_hidden_layers": 1,
         **{name: getattr(settings, name) for name in KEPT},
+        **({"target_hidden_size": settings.target_hidden_size} if settings.owns_embedding else {}),
         "rope_theta": rope.get("rope_theta"),
         "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
         "attention_bias": False,
@@ -75,7 +76,9 @@ def layers_of(config: dict[str, Any]) -> tuple[int, ...]:
 
 def settings_of(config: dict[str, Any]) -> DraftSettings:
     """The draft that a config.json describes."""
-    return DraftSettings(**{name: config[name] for name in KEPT}, layers=layers_of(config))
+    return DraftSettings(
+        **{name: config[name] for name in KEPT}, layers=layers_of(config), target_hidden_size=config.get("target_hidden_size")
+    )
 
 
 def spelled(tensors: dict[str, Tensor], to: str) -> dict[str, Tensor]:

@@ -20,38 +20,6 @@ from .loss import RowTerms, VocabularyHead
 from .settings import DraftSettings
 
 
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis; half precision is normed in fp32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps=eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.eps)
-
-
-class _Norm(torch.autograd.Function):
-    """y = x / rms(x) * weight with its gradient by hand: half the passes over memory of the composed operation."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
-        inverse = (square / x.shape[-1] + eps).rsqrt()  # [n, 1]
-        normed = x * inverse  # [n, H] in the wide dtype
-        ctx.save_for_backward(normed, inverse, weight)
-        return (normed * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN001
-        normed, inverse, weight = ctx.saved_tensors
-        along = dy * normed  # [n, H]
-        dweight = along.flatten(0, -2).sum(0)
-        mean = (along @ weight.to(along.dtype) / normed.shape[-1])[..., None]  # [n, 1]
-        dx = (dy * weight).to(normed.dtype).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(dy.dtype), dweight.to(weight.dtype), None
-
-
 class Rotary:
     """The target's own rotary embedding, as a table over positions. No module: never cast, never saved."""
 
@@ -71,15 +39,18 @@ class Rotary:
         """Rotate x [n, heads, d] to positions [n]."""
         self._grow(int(positions.max()) + 1 if len(positions) else 0, x)
         cos, sin = self._cos[positions, None], self._sin[positions, None]  # [n, 1, d]
-        low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
     def _grow(self, length: int, like: Tensor) -> None:
-        """Tables of at least `length` positions in x's dtype and on its device: computed in fp32, then cast."""
+        """Tables of at least `length` positions in x's dtype and on its device: computed in fp32, then cast.
+
+        The first half of the sines is negative: (low, high) turns into (low cos - high sin, high cos + low sin).
+        """
         if length > len(self._cos) or self._cos.dtype != like.dtype or self._cos.device != like.device:
             positions = torch.arange(max(length, 2 * len(self._cos)), device=like.device)
             cos, sin = self._embedding.to(like.device)(torch.empty(0, device=like.device), positions[None])  # [1, P, d]
-            self._cos, self._sin = cos[0].to(like.dtype), sin[0].to(like.dtype)
+            low, high = sin[0].chunk(2, dim=-1)
+            self._cos, self._sin = cos[0].to(like.dtype), torch.cat((-low, high), dim=-1).to(like.dtype)
 
 
 class Attention(nn.Module):
@@ -111,7 +82,7 @@ class Layer(nn.Module):
 
     def __init__(self, settings: DraftSettings):
         super().__init__()
-        norm = lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps)  # noqa: E731
+        norm = lambda: nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)  # noqa: E731
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
         self.self_attn = Attention(settings)
         self.mlp = MLP(settings)
@@ -143,11 +114,15 @@ class DraftHead(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
         self.settings = settings
+        self.attention = "auto"  # backend of draft/attention.py
+        self.checkpoint_activations = False  # keep only each step's inputs for the backward pass, which makes the rest again
+        if settings.owns_embedding:
+            self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         if settings.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(settings.hidden_size, settings.rms_norm_eps) for _ in settings.layers)
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(settings.target_width, eps=settings.rms_norm_eps) for _ in settings.layers)
         self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
-        self.norm = RMSNorm(settings.hidden_size, settings.rms_norm_eps)
+        self.norm = nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
         self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
     def features(self, aux: Tensor) -> Tensor:
@@ -158,8 +133,12 @@ class DraftHead(nn.Module):
         """What fc reads of captured states [n, A]."""
         if not self.settings.fc_norm:
             return aux
-        chunks = aux.split(self.settings.hidden_size, dim=-1)
+        chunks = aux.split(self.settings.target_width, dim=-1)
         return torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+
+    def embedded(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Embeddings [n, H] of tokens [n]: rows of the target's frozen table [V, H], or of a narrower draft's own."""
+        return self.embed_tokens(tokens) if self.settings.owns_embedding else table[tokens]
 
     def outputs(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Of a step's state [n, H] what lm_head reads, and the g that recurs."""
@@ -182,8 +161,9 @@ def new_head(
     lm_head: Tensor | None = None,
     norm: Tensor | None = None,
     fc_norm: Tensor | None = None,
+    embed: Tensor | None = None,
 ) -> DraftHead:
-    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H] and fc_norm [A] where given."""
+    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H], fc_norm [A] and embed [V, H] where given."""
     head = DraftHead(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -192,9 +172,11 @@ def new_head(
                 parameter.normal_(0.0, 0.02, generator=generator)
         if lm_head is not None:
             head.lm_head.weight.copy_(lm_head)
+        if embed is not None:
+            head.embed_tokens.weight.copy_(embed)
         if norm is not None:
             head.norm.weight.copy_(norm)
         if fc_norm is not None:
-            for module, weight in zip(head.fc_norm, fc_norm.split(settings.hidden_size), strict=True):
+            for module, weight in zip(head.fc_norm, fc_norm.split(settings.target_width), strict=True):
                 module.weight.copy_(weight)
     return head

@@ -26,7 +26,7 @@ class ChainDrafter:
         layer = self.head.midlayer
         positions = torch.arange(len(self.keys), len(self.keys) + len(aux), device=aux.device)
         g = self.head.features(aux.to(self.head.fc.weight.dtype))
-        u = layer.mix(layer.input_layernorm(self.embed[tokens]), g)
+        u = layer.mix(layer.input_layernorm(self.head.embedded(tokens, self.embed)), g)
         key, value = layer.key_value(u, positions)
         self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
         attended = attend(layer.query(u[-1:], positions[-1:]), positions[-1:], self.keys, self.values, [], [])
@@ -40,8 +40,8 @@ class ChainDrafter:
         for step in range(length):
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
-                u = layer.mix(layer.input_layernorm(self.embed[token][None]), g)
-                position = torch.tensor([row + step], device=g.device)
+                token, position = torch.tensor([token], device=g.device), torch.tensor([row + step], device=g.device)
+                u = layer.mix(layer.input_layernorm(self.head.embedded(token, self.embed)), g)
                 key, value = layer.key_value(u, position)
                 own_keys, own_values = [*own_keys, key], [*own_values, value]
                 attended = attend(layer.query(u, position), position - step, self.keys, self.values, own_keys, own_values)

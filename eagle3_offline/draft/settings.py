@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..records import UserError
 
+MLP_MULTIPLE = 16  # a narrower draft's MLP width is rounded up to one
+OWN_SHAPE = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")  # no matter to the target
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -28,12 +31,23 @@ class DraftSettings:
     hidden_act: str = "silu"
     fc_norm: bool = False  # EAGLE-3.1: a norm of each captured state before fc
     norm_output: bool = False  # EAGLE-3.1: the state after the final norm recurs, not the one before it
+    target_hidden_size: int | None = None  # of a narrower draft, which owns its embedding; None: hidden_size
     rank: int | None = None  # channels of the projection that fc reads, in training from a compact dump; None: the captured states
+
+    @property
+    def target_width(self) -> int:
+        """Width of each captured state."""
+        return self.target_hidden_size or self.hidden_size
+
+    @property
+    def owns_embedding(self) -> bool:
+        """Whether the draft has an embedding of its own; else it reads the target's."""
+        return self.target_hidden_size is not None
 
     @property
     def aux_width(self) -> int:
         """Width of what fc reads: the concatenated captured states, or their projection."""
-        return self.rank or len(self.layers) * self.hidden_size
+        return self.rank or len(self.layers) * self.target_width
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}
@@ -44,13 +58,21 @@ class DraftSettings:
 
 
 def draft_settings(
-    target_config: dict[str, Any], layers: tuple[int, ...], draft_vocab_size: int, *, fc_norm: bool = False, norm_output: bool = False
+    target_config: dict[str, Any],
+    layers: tuple[int, ...],
+    draft_vocab_size: int,
+    *,
+    fc_norm: bool = False,
+    norm_output: bool = False,
+    hidden_size: int = 0,
 ) -> DraftSettings:
-    """The draft that fits a target: one Llama layer of the target's own shape. `target_config` is its config.json."""
+    """The draft that fits a target: one Llama layer of the target's own shape, or narrowed to hidden_size (0: the target's).
+
+    `target_config` is its config.json.
+    """
     config = target_config.get("text_config", target_config)
-    refuse_head_transforms(config)
     heads = config["num_attention_heads"]
-    return DraftSettings(
+    whole = DraftSettings(
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_attention_heads=heads,
@@ -59,11 +81,31 @@ def draft_settings(
         vocab_size=config["vocab_size"],
         draft_vocab_size=min(draft_vocab_size, config["vocab_size"]),
         layers=tuple(layers),
-        rms_norm_eps=config["rms_norm_eps"],
+        rms_norm_eps=config.get("rms_norm_eps") or config["layer_norm_eps"],  # Cohere's norms are of the other kind
         rope_parameters=rope_parameters(config),
         max_position_embeddings=config["max_position_embeddings"],
         fc_norm=fc_norm,
         norm_output=norm_output,
+    )
+    return whole if hidden_size in (0, whole.hidden_size) else narrowed(whole, hidden_size)
+
+
+def narrowed(whole: DraftSettings, hidden_size: int) -> DraftSettings:
+    """A narrower draft: heads, key/value heads and the MLP shrink with the width; head_dim and the heads of a group stay the target's."""
+    if hidden_size > whole.hidden_size:
+        raise UserError(f"train.hidden_size is {hidden_size}, the target's {whole.hidden_size}: a draft is at most as wide as its target")
+    share = hidden_size / whole.hidden_size
+    kv_heads = max(1, round(whole.num_key_value_heads * share))
+    heads = kv_heads * (whole.num_attention_heads // whole.num_key_value_heads)
+    if hidden_size % heads:  # as LlamaConfig demands, in transformers and in the engines
+        raise UserError(f"train.hidden_size is {hidden_size}; a draft so wide has {heads} heads: choose a multiple of {heads}")
+    return replace(
+        whole,
+        hidden_size=hidden_size,
+        target_hidden_size=whole.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=math.ceil(whole.intermediate_size * share / MLP_MULTIPLE) * MLP_MULTIPLE,
     )
 
 
@@ -93,10 +135,3 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type") == "dynamic":
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
-
-
-def refuse_head_transforms(config: dict[str, Any]) -> None:
-    """The teacher here is softmax(W last); refuse targets whose logits are more than that."""
-    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        if config.get(key) not in (None, neutral):
-            raise UserError(f"the target's config has {key} = {config[key]}; teachers of the form softmax(W h) only are supported so far")

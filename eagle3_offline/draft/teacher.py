@@ -1,4 +1,4 @@
-"""The target's distribution: softmax(W h) of stored last states, or the top logits of a compact dump.
+"""The target's distribution: softmax(transform(W h)) of stored last states (logits.py), or the top logits of a compact dump.
 
 Legend: n rows, V target and D draft vocabulary, k logits kept of a compact teacher, m columns of a teacher: D or k.
 """
@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..logits import HeadTransform
 from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
 
@@ -55,9 +56,9 @@ class Teacher(Protocol):
         """`whole`: with the log-sum-exp over the whole vocabulary, which true masses need."""
 
 
-def teacher_of(lm_head: Tensor, target_ids: Tensor, top_k: int | None) -> Teacher:
+def teacher_of(lm_head: Tensor, target_ids: Tensor, top_k: int | None, transform: HeadTransform) -> Teacher:
     """The teacher for a dump: a compact one keeps top_k logits, a full one (None) last states. lm_head [V, H]; target_ids [D] int64."""
-    return FullTeacher(lm_head, target_ids) if top_k is None else CompactTeacher(len(lm_head), target_ids.to(lm_head.device))
+    return FullTeacher(lm_head, target_ids, transform) if top_k is None else CompactTeacher(len(lm_head), target_ids.to(lm_head.device))
 
 
 def teacher_name(top_k: int | None) -> str:
@@ -81,32 +82,34 @@ class CompactTeacher:
 class FullTeacher:
     """The target's head and its slice over the draft vocabulary. What concerns the whole vocabulary is kept for later epochs."""
 
-    def __init__(self, lm_head: Tensor, target_ids: Tensor):
-        """lm_head [V, H]; target_ids [D] int64."""
+    def __init__(self, lm_head: Tensor, target_ids: Tensor, transform: HeadTransform | None = None):
+        """lm_head [V, H]; target_ids [D] int64; transform: what the target does to W h, None: nothing."""
+        self.target_ids, self.transform = target_ids, (transform or HeadTransform()).to(lm_head.device)
         self.weight = lm_head.float()
         self.sliced = self.weight[target_ids]
         self.known = torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device)
         self.known[target_ids] = True
-        self.outside = lm_head[~self.known] if _quick(lm_head) else None  # [V - D, H] bfloat16
+        quick = _quick(lm_head) and self.transform.bias is None
+        self.outside = lm_head[~self.known] if quick else None  # [V - D, H] bfloat16
         self._known_of: OrderedDict[str, Tensor] = OrderedDict()
         self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
-        logits = batch.last.float() @ self.sliced.T  # [n, D]
-        pieces = list(zip(batch.ids, *(x.split(batch.teacher_counts) for x in (batch.last, logits)), strict=True))
+        products = batch.last.float() @ self.sliced.T  # [n, D]
+        pieces = list(zip(batch.ids, *(x.split(batch.teacher_counts) for x in (batch.last, products)), strict=True))
         known = [_kept(self._known_of, name, lambda last=last, z=z: self.argmax_known(last, z)) for name, last, z in pieces]
         total = [_kept(self._normaliser_of, name, lambda last=last: self.log_normaliser(last)) for name, last, _ in pieces] if whole else []
-        return TeacherRows(logits, None, torch.cat(known), torch.cat(total) if whole else None)
+        return TeacherRows(self.transform(products, self.target_ids), None, torch.cat(known), torch.cat(total) if whole else None)
 
-    def argmax_known(self, last: Tensor, logits: Tensor) -> Tensor:
-        """[n] bool: whether the whole vocabulary's argmax is a draft token. logits [n, D] of the draft's tokens.
+    def argmax_known(self, last: Tensor, products: Tensor) -> Tensor:
+        """[n] bool: whether the whole vocabulary's argmax is a draft token. products [n, D]: W h of the draft's tokens.
 
-        The other tokens' logits are made in bfloat16, a third of the time: products of bfloat16 states are exact, so that only the
-        result is rounded; rows whose two maxima are too near for that are done again in fp32.
+        Without a bias they rank as the logits do. The other tokens' are made in bfloat16, a third of the time: products of bfloat16 states
+        are exact, so that only the result is rounded; rows whose two maxima are too near for that are done again in fp32.
         """
         if self.outside is None or last.dtype != torch.bfloat16 or not len(self.outside):
-            return self.known[argmax(last, self.weight)]
-        inside = logits.max(-1).values
+            return self.known[argmax(last, self.weight, self.transform)]
+        inside = products.max(-1).values
         outside = torch.stack([z.max(-1).values for _, z in _blocks(last, self.outside)]).max(0).values.float()
         known = inside > outside
         near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
@@ -116,8 +119,8 @@ class FullTeacher:
     def log_normaliser(self, last: Tensor) -> Tensor:
         """Log-sum-exp [n] over the whole vocabulary: exp(z - it) is the target's true mass on a token."""
         total = torch.full((len(last),), float("-inf"), device=last.device)
-        for _, z in _blocks(last, self.weight):
-            total = torch.logaddexp(total, z.logsumexp(-1))
+        for start, z in _blocks(last, self.weight):
+            total = torch.logaddexp(total, self.transform(z, slice(start, start + z.shape[-1])).logsumexp(-1))
         return total
 
 
@@ -135,12 +138,13 @@ def _kept(cache: OrderedDict[str, Tensor], name: str, make) -> Tensor:  # noqa: 
     return cache[name]
 
 
-def argmax(last: Tensor, weight: Tensor) -> Tensor:
-    """[n] int64: argmax of last [n, H] @ weight.T [H, V], streamed over blocks of the vocabulary."""
+def argmax(last: Tensor, weight: Tensor, transform: HeadTransform | None = None) -> Tensor:
+    """[n] int64: argmax of the logits of last [n, H] @ weight.T [H, V], streamed over blocks of the vocabulary."""
+    transform = transform or HeadTransform()
     best = torch.full((len(last),), float("-inf"), device=last.device)
     winner = torch.zeros(len(last), dtype=torch.int64, device=last.device)
     for start, z in _blocks(last, weight):
-        value, index = z.max(-1)
+        value, index = transform.ranked(z, slice(start, start + z.shape[-1])).max(-1)
         better = value > best
         best, winner = torch.where(better, value, best), torch.where(better, index + start, winner)
     return winner

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .attention import attend
-from .batch import DraftBatch, StepRows
+from .attention import Conversation, attend
+from .batch import DraftBatch
 from .model import DraftHead
-
-GROUP_ROWS = 512
 
 
 def unroll(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
@@ -29,55 +28,39 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     """What lm_head reads per step: [n_k, H] for the rows of batch.steps[k]. embed [V, H] is the frozen table."""
     layer = head.midlayer
     dtype = head.fc.weight.dtype
-    g = head.features(batch.aux.to(dtype))  # [N, H]
-    normed = layer.input_layernorm(embed[batch.tokens].to(dtype))  # [N, H]; what a row reads at step k is what row p + k reads at step 0
-    u = layer.mix(normed, g)
-    keys, values = layer.key_value(u, batch.positions)  # [N, kv, d], what every step attends to
+    g = head.features(batch.scaled.to(dtype))  # [N, H]
+    embedded = head.embedded(batch.tokens, embed).to(dtype)
+    normed = layer.input_layernorm(embedded)  # [N, H]; what a row reads at step k is what row p + k reads at step 0
+    keys, values = layer.key_value(layer.mix(normed, g), batch.positions)  # [N, kv, d], what every step attends to
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     states = []
     for k in range(steps):
-        step = batch.steps[k]
-        g = g[step.kept]
-        if k:
-            own_keys, own_values = [x[step.kept] for x in own_keys], [x[step.kept] for x in own_values]
-            u = layer.mix(normed[step.rows + k], g)
-            key, value = layer.key_value(u, step.positions)
-            own_keys, own_values = [*own_keys, key], [*own_values, value]
+        kept = batch.steps[k].kept
+        inputs = g[kept], normed, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
+        if head.checkpoint_activations and torch.is_grad_enabled():
+            state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
         else:
-            u = u[step.kept]
-        attended = _attend_groups(layer.query(u, step.positions), step, batch, keys, values, own_keys, own_values)
-        state, g = head.outputs(layer.finish(g, attended))
+            state, g, own_keys, own_values = _step(head, batch, k, *inputs)
         states.append(state)
     return states
 
 
-def _attend_groups(
-    query: Tensor, step: StepRows, batch: DraftBatch, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]
-) -> Tensor:
-    """Attention of each conversation over its own rows, short ones several at a time. Returns [n_k, h, d]."""
-    pieces, first = [], 0
-    for start, stop, conversations in groups(batch.segments):
-        count = sum(step.counts[c] for c in conversations)
-        mine = slice(first, first + count)
-        begins = torch.tensor([batch.segments[c][0] for c in conversations], device=query.device)
-        counts = torch.tensor([step.counts[c] for c in conversations], device=query.device)
-        pieces.append(
-            attend(query[mine], step.rows[mine] - start, keys[start:stop], values[start:stop],
-                   [x[mine] for x in own_keys], [x[mine] for x in own_values],
-                   (begins - start).repeat_interleave(counts) if len(conversations) > 1 else None)
-        )  # fmt: skip
-        first += count
-    return torch.cat(pieces)
+def _step(
+    head: DraftHead, batch: DraftBatch, k: int, g: Tensor, normed: Tensor, keys: Tensor, values: Tensor,
+    own_keys: list[Tensor], own_values: list[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """One step of the rows that are alive: what lm_head reads, the next g, and the rows' own keys and values, this step's included.
 
-
-def groups(segments: tuple[tuple[int, int], ...]) -> list[tuple[int, int, list[int]]]:
-    """(first row, end, conversations) of neighbours that attend in one call: a masked product of a few hundred rows costs less than
-    the calls that it saves."""
-    found: list[tuple[int, int, list[int]]] = []
-    for number, (start, stop) in enumerate(segments):
-        if found and stop - found[-1][0] <= GROUP_ROWS:
-            found[-1] = (found[-1][0], stop, [*found[-1][2], number])
-        else:
-            found.append((start, stop, [number]))
-    return found
+    g [n_k, H]; normed [N, H]; keys, values [N, kv, d]; own_keys, own_values: per step 1..k-1 [n_k, kv, d].
+    """
+    layer, step = head.midlayer, batch.steps[k]
+    u = layer.mix(normed[step.rows + k], g)  # [n_k, 2H]
+    if k:
+        key, value = layer.key_value(u, step.positions)
+        own_keys, own_values = [*own_keys, key], [*own_values, value]
+    conversations = [Conversation(*segment, count) for segment, count in zip(batch.segments, step.counts, strict=True)]
+    query = layer.query(u, step.positions)
+    attended = attend(query, step.rows, keys, values, own_keys, own_values, conversations, head.attention)
+    state, g = head.outputs(layer.finish(g, attended))
+    return state, g, own_keys, own_values

@@ -8,10 +8,12 @@ from ..draft.held_out import measure
 from ..draft.measures import WalkCount
 from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, load_trained
+from ..logits import head_transform
 from ..progress import StageProgress
 from ..records import Summary, UserError
 from ..runs import Run, read_json, write_json
 from ..store.reader import Dump
+from ..store.target_files import BIAS
 from .ngram import NgramLookup
 
 
@@ -30,16 +32,17 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
         return known["summary"]
     top_k = dump.spec.compact.top_k if dump.spec.compact else None
     target = {name: to_torch(array) for name, array in dump.target_tensors().items()}
+    transform = head_transform(dump.target_json("config.json"), target.get(BIAS))
     with StageProgress("evaluate", len(rows)) as progress:
 
         def samples():  # noqa: ANN202
-            for i in rows:
-                yield dump.sample(int(i), trained.head.settings.layers)
-                progress.advance(1, int(dump.lengths[i]))
+            for sample in dump.samples(rows, trained.head.settings.layers):
+                yield sample
+                progress.advance(1, len(sample.input_ids))
 
         result = measure(
             trained.head, samples(), embed=target["embed_tokens.weight"].float(), target_ids=trained.target_ids, chain=config.chain,
-            aux_scale=trained.aux_scale, teacher=teacher_of(target["lm_head.weight"], trained.target_ids, top_k),
+            aux_scale=trained.aux_scale, teacher=teacher_of(target["lm_head.weight"], trained.target_ids, top_k, transform),
         )  # fmt: skip
     summary = {
         **result.summary(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from ..records import STORAGE_DTYPE
+from ..records import STORAGE_DTYPE, UserError
 from .format import SHARD_BYTES, DumpSpec, plain_layouts, state_layouts
 
 # Stored bytes as a share of the raw ones of the engine's dtype. bfloat16 and float16 as measured on real targets (benchmarks/RESULTS.md),
@@ -60,6 +62,17 @@ def estimate(
         files=_files(spec, rows, tokens, teachers, unit_rows),
         hours=tokens / tokens_per_second / 3600 if tokens_per_second else None,
     )
+
+
+def refuse_full_disk(folder: Path | str, needed: int, what: str, force: bool) -> None:
+    """Raise UserError where the disk of a folder (which need not exist yet) has less than `needed` bytes free, unless forced."""
+    where = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(where).free
+    if needed > free and not force:
+        raise UserError(
+            f"{what} is estimated at {needed / 1e9:,.2f} GB, {where} has {free / 1e9:,.2f} GB free: make room, "
+            f"choose another codec or mode (see `store estimate`), or go on nevertheless with --set dump.force=true"
+        )
 
 
 def _files(spec: DumpSpec, rows: int, tokens: int, teachers: int, unit_rows: int) -> int:

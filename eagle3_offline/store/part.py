@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,10 +124,7 @@ class Part:
         if not 0 <= first < stop <= length:
             raise UserError(f"asked for tokens [{first}, {stop}) of a row with {length}")
         low, high, positions = self._teacher_range(row, turns, length, first, stop)
-        for array in arrays:
-            self.states[array].will_need(begin + first, begin + stop)
-        if not self._spec.compact:
-            self.states["last"].will_need(low, high)
+        self._advise(arrays, (begin + first, begin + stop), (low, high))
         return Sample(
             id=name,
             input_ids=self._plain["input_ids"].read(begin + first, begin + stop),
@@ -137,6 +134,16 @@ class Part:
             last_positions=positions,
             top=self._top(low, high) if self._spec.compact else None,
         )
+
+    def will_need(self, row: int, arrays: tuple[str, ...]) -> None:
+        """Let the system fetch a row's states while other rows are decoded."""
+        self._advise(arrays, self.offsets[row : row + 2].tolist(), self.last_offsets[row : row + 2].tolist())
+
+    def _advise(self, arrays: tuple[str, ...], tokens: Sequence[int], teachers: Sequence[int]) -> None:
+        for array in arrays:
+            self.states[array].will_need(*tokens)
+        if not self._spec.compact:
+            self.states["last"].will_need(*teachers)
 
     def _teacher_range(
         self, row: int, turns: tuple[tuple[int, int], ...], length: int, first: int, stop: int

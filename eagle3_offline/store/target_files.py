@@ -16,6 +16,7 @@ from .format import TARGET, json_bytes
 from .places import ObjectPlace, Place, place
 
 TENSORS, BASIS, INDEX = "target.safetensors", "basis.safetensors", "index.json"
+BIAS = "lm_head.bias"  # [V], where the target has one
 REQUIRED = ("embed_tokens.weight", "norm.weight", "lm_head.weight")  # [V, H], [H], [V, H]
 
 
@@ -108,8 +109,8 @@ def _check(tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], files: 
     if set(dtypes) != set(tensors):
         raise UserError(f"dtypes name {sorted(dtypes)}, the tensors are {sorted(tensors)}; expected one dtype for each tensor")
     vocab, hidden = tensors["embed_tokens.weight"].shape
-    for name, shape in zip(REQUIRED, ((vocab, hidden), (hidden,), (vocab, hidden)), strict=True):
-        if tensors[name].shape != shape:
+    for name, shape in zip((*REQUIRED, BIAS), ((vocab, hidden), (hidden,), (vocab, hidden), (vocab,)), strict=True):
+        if name in tensors and tensors[name].shape != shape:
             raise UserError(f"{name} is {list(tensors[name].shape)}; expected {list(shape)}, to go with embed_tokens.weight")
     for name in files:
         if name in (TENSORS, BASIS, INDEX) or Path(name).name != name or name.startswith("."):

@@ -1,7 +1,8 @@
 """What a target engine does. Every engine gives its own token ids and its own hidden states; nothing is tokenised again.
 
 Boundary index b = the residual stream entering decoder layer b (0-based) = the output of layer b - 1 = hidden_states[b] of
-Hugging Face, for b < L. Legend: T tokens of a row, H hidden size, L decoder layers.
+Hugging Face, for b < L. Boundary L is what enters the final norm; Hugging Face's hidden_states[L] is what leaves it.
+Legend: T tokens of a row, H hidden size, L decoder layers, n teachers, r rank of a compact dump.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..records import UserError
+from ..records import TopLogits, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,27 @@ class States:
         return np.concatenate([self.aux[boundary] for boundary in sorted(self.aux)], axis=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row to read and to reduce."""
+
+    ids: np.ndarray  # [T] int32
+    teachers: np.ndarray | None  # [n] int64, ascending: tokens whose last state is needed; None: the states themselves are asked for
+
+    @property
+    def following(self) -> np.ndarray:
+        """[n]: the token after each teacher, -1 where the row ends."""
+        return np.append(self.ids, -1)[self.teachers + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What a compact dump keeps of a row."""
+
+    aux: np.ndarray  # [T, r] storage dtype
+    top: TopLogits  # of the n teachers
+
+
 class Engine(Protocol):
     """Runs the target over whole rows. Both engines do; answers come from one of them in batches, from SGLang over HTTP."""
 
@@ -71,6 +93,9 @@ class Engine(Protocol):
     def prefill_batches(self, batches: Iterable[list[np.ndarray]]) -> Iterator[list[States]]:
         """Hidden states of each batch of whole rows [T] int32, in order. May be ahead of the caller by a batch."""
 
+    def reduced_batches(self, batches: Iterable[list[Asked]]) -> Iterator[list[Reduced]]:
+        """The same for a compact dump: reduced on the engine's device. Only of an engine that was given a `Reducer`."""
+
     def close(self) -> None:
         """Free what it holds; it is not used again."""
 
@@ -81,8 +106,8 @@ def capture_layers(wanted: list[int], num_layers: int) -> tuple[int, ...]:
     if not wanted and not 2 < layers[1] < layers[2]:
         raise UserError(
             f"the target has {num_layers} decoder layers, so the default boundaries [2, L//2, L-3] = {list(layers)} collide; "
-            f"name distinct ones between 0 and {num_layers - 1} with --set target.layers=[...]"
+            f"name distinct ones between 0 and {num_layers} with --set target.layers=[...]"
         )
-    if len(set(layers)) != len(layers) or not all(0 <= b < num_layers for b in layers):
-        raise UserError(f"target.layers is {list(wanted)}; expected distinct boundary indices between 0 and {num_layers - 1}")
+    if len(set(layers)) != len(layers) or not all(0 <= b <= num_layers for b in layers):
+        raise UserError(f"target.layers is {list(wanted)}; expected distinct boundary indices between 0 and {num_layers}")
     return layers

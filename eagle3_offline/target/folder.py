@@ -18,6 +18,11 @@ CARRIED = (  # small files that travel with the dump
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
+HEAD_TENSORS = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
+NORMS_FROM_ZERO = (  # model types whose norms multiply by 1 + weight
+    "gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
+    "vaultgemma",
+)  # fmt: skip
 
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:
@@ -82,19 +87,46 @@ def carried_files(folder: Path) -> dict[str, bytes]:
 
 
 def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
-    """embed_tokens.weight [V, H], norm.weight [H] and lm_head.weight [V, H] in the engine's dtype; a tied head is the embedding."""
+    """embed_tokens.weight [V, H], norm.weight [H] and lm_head.weight [V, H] in the engine's dtype; a tied head is the embedding.
+
+    norm.weight is what the normed state is multiplied by: of a Gemma one more than its weights. lm_head.bias [V] where there is one.
+    """
+    found = _read_tensors(folder, (*HEAD_TENSORS, "lm_head.bias"))
+    found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
+    if missing := [name for name in HEAD_TENSORS if found.get(name) is None]:
+        raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
+    found["norm.weight"] = _effective(found["norm.weight"], folder)
+    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
+
+
+def final_norm(folder: Path) -> Tensor:
+    """[H] fp32: norm.weight alone, as `head_tensors` has it."""
+    found = _read_tensors(folder, ("norm.weight",))
+    if not found:
+        raise UserError(f"{folder}: no norm.weight among its weights, which training needs")
+    return _effective(found["norm.weight"], folder)
+
+
+def _effective(norm: Tensor, folder: Path) -> Tensor:
+    return norm.float() + (1 if text_config(folder).get("model_type") in NORMS_FROM_ZERO else 0)
+
+
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of these tensors that the language model has."""
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                if name.endswith(("embed_tokens.weight", "lm_head.weight")) or name.removeprefix("model.") == "norm.weight":
-                    found[name.removeprefix("model.")] = handle.get_tensor(name).to(getattr(torch, dtype))
-                if name.endswith("lm_head.bias"):
-                    raise UserError(f"{path} has an lm_head.bias; teachers of the form softmax(W h) only are supported so far")
-    found.setdefault("lm_head.weight", found.get("embed_tokens.weight"))
-    if missing := [name for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight") if found.get(name) is None]:
-        raise UserError(f"{folder}: no {', '.join(missing)} among its weights, which training needs")
+                if (plain := _without_prefixes(name)) in names:
+                    found[plain] = handle.get_tensor(name)
     return found
+
+
+def _without_prefixes(name: str) -> str:
+    """model.norm.weight, model.language_model.norm.weight and language_model.model.norm.weight are all norm.weight."""
+    for prefix in ("model.", "language_model.", "model."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -21,10 +21,11 @@ import httpx
 import numpy as np
 import torch
 
-from ..records import EngineFailed, UserError
-from .engine import States
-from .folder import text_config
-from .sglang_hook import ERROR, RID, CaptureError, hook_specs, read_row
+from ..records import EngineFailed, TopLogits, UserError
+from .engine import Asked, Reduced, States
+from .folder import final_norm, text_config
+from .reduction import Reducer
+from .sglang_hook import ERROR, NORM, REDUCER, RID, CaptureError, hook_specs, read_row, write_teachers
 from .sglang_server import LONGER, SglangServer, check_options, command_line, cpu_options, require_tested_version
 
 AHEAD = 2  # batches that the engine has at once: it works on one while the caller stores the other
@@ -49,8 +50,11 @@ class SglangEngine:
         options: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         batch_bytes: int = 1 << 28,
+        reducer: Reducer | None = None,
     ):
-        """folder: a Hugging Face folder; context: the longest row; options: SGLang's arguments; batch_bytes: states of a batch."""
+        """folder: a Hugging Face folder; context: the longest row; options: SGLang's arguments; batch_bytes: states of a batch;
+        reducer: for `reduced_batches`, on the host: the scheduler loads it onto its device.
+        """
         self.version = require_tested_version()
         self.layers, self.dtype = layers, dtype
         check_options(options or {}, text_config(folder), capture=True)
@@ -58,7 +62,10 @@ class SglangEngine:
             raise UserError(
                 "boundary 0 of a Gemma is its scaled embedding, which no module of SGLang's returns: leave 0 out of target.layers"
             )
-        self._scratch, self._lock = make_scratch(AHEAD * batch_bytes)
+        self._scratch, self._lock = make_scratch(AHEAD * batch_bytes + (reducer.bytes if reducer else 0))
+        np.save(self._scratch / "states" / NORM, final_norm(folder).numpy())
+        if reducer is not None:
+            reducer.save(self._scratch / "states" / REDUCER)
         cpu = not torch.cuda.is_available()
         words = command_line(
             {
@@ -66,7 +73,7 @@ class SglangEngine:
                 "disable_radix_cache": True,  # a cached prefix is not computed again, so not captured
                 "disable_cuda_graph": True,  # a replayed graph runs no hooks
                 **(options or {}),
-                "forward_hooks": hook_specs(layers, self._scratch / "states", dtype),
+                "forward_hooks": hook_specs(layers, self._scratch / "states", dtype, text_config(folder)["num_hidden_layers"]),
             }
         )
         self._server = SglangServer(words, log, cpu, temporary=self._scratch / "tmp")
@@ -84,7 +91,17 @@ class SglangEngine:
 
     def prefill_batches(self, batches: Iterable[list[np.ndarray]]) -> Iterator[list[States]]:
         """States of each batch of rows [T] int32, in order; the engine works on the next batch meanwhile."""
-        waiting: deque[tuple[str, list[np.ndarray], Future]] = deque()
+        for rows in self._read([Asked(ids, None) for ids in rows] for rows in batches):
+            yield [States(dict(zip(self.layers, states[:-1], strict=True)), states[-1]) for (states,) in rows]
+
+    def reduced_batches(self, batches: Iterable[list[Asked]]) -> Iterator[list[Reduced]]:
+        """What a compact dump keeps of each batch of rows, in order."""
+        for rows in self._read(batches):
+            yield [Reduced(aux, TopLogits(ids, log_probs, normaliser[:, 0])) for aux, ids, log_probs, normaliser in rows]
+
+    def _read(self, batches: Iterable[list[Asked]]) -> Iterator[list[list[np.ndarray]]]:
+        """The arrays that the scheduler leaves of each row, batch by batch."""
+        waiting: deque[tuple[str, list[Asked], Future]] = deque()
         try:
             for rows in batches:
                 name = f"{RID}{self._batches}"
@@ -106,12 +123,16 @@ class SglangEngine:
         shutil.rmtree(self._scratch, ignore_errors=True)
         os.close(self._lock)
 
-    def _ask(self, name: str, rows: list[np.ndarray]) -> httpx.Response:
+    def _ask(self, name: str, rows: list[Asked]) -> httpx.Response:
         sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}  # 0 tokens would return nothing
         rids = [f"{name}-{n}" for n in range(len(rows))]
-        return self._http.post("/generate", json={"rid": rids, "input_ids": [row.tolist() for row in rows], "sampling_params": sampling})
+        for rid, row in zip(rids, rows, strict=True):
+            if row.teachers is not None:
+                write_teachers(self._scratch / "states", rid, row)
+        ids = [row.ids.tolist() for row in rows]
+        return self._http.post("/generate", json={"rid": rids, "input_ids": ids, "sampling_params": sampling})
 
-    def _take(self, name: str, rows: list[np.ndarray], future: Future) -> list[States]:
+    def _take(self, name: str, rows: list[Asked], future: Future) -> list[list[np.ndarray]]:
         try:
             response = future.result()
         except httpx.TransportError as error:
@@ -124,16 +145,18 @@ class SglangEngine:
             raise EngineFailed(
                 f"SGLang answered a prefill with {response.status_code}: {response.text[:500]}; its log is {self._server.log}"
             )
-        return [self._states(f"{name}-{n}", row) for n, row in enumerate(rows)]
+        if rows[0].teachers is not None:
+            (self._scratch / "states" / REDUCER).unlink(missing_ok=True)  # the scheduler has read it
+        return [self._arrays(f"{name}-{n}", row.ids) for n, row in enumerate(rows)]
 
-    def _states(self, rid: str, row: np.ndarray) -> States:
+    def _arrays(self, rid: str, row: np.ndarray) -> list[np.ndarray]:
         try:
-            ids, states = read_row(self._scratch / "states", rid, len(row))
+            ids, arrays = read_row(self._scratch / "states", rid, len(row))
         except CaptureError as error:
             raise EngineFailed(f"SGLang gave the states of a row of {len(row)} tokens in part: {error}") from None
         if not np.array_equal(ids, row):
             raise EngineFailed("SGLang prefilled other token ids than it was given: is it started with options that change prompts?")
-        return States(dict(zip(self.layers, states[:-1], strict=True)), states[-1])
+        return arrays
 
 
 def generation_options(folder: Path, dtype: str, context: int, trust_remote_code: bool, cpu: bool) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..records import UserError
-from .engine import Completion, Request, Sampling, States
+from .engine import Asked, Completion, Reduced, Request, Sampling, States
+from .reduction import Reducer, to_storage
 
 
 class TransformersEngine:
@@ -30,8 +31,8 @@ class TransformersEngine:
     version = transformers.__version__
     longest_row = None
 
-    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False):
-        """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE."""
+    def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False, reducer: Reducer | None = None):
+        """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE; reducer: for `reduced_batches`."""
         transformers.utils.logging.disable_progress_bar()  # the stages show their own
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
@@ -40,6 +41,7 @@ class TransformersEngine:
         self.model = model.eval().to(self.device)
         self.layers = layers
         self.dtype = dtype
+        self.reducer = reducer and reducer.on(self.device)
         self.end_ids = end_of_turn_ids(folder)
 
     # -- generation
@@ -76,12 +78,31 @@ class TransformersEngine:
     def prefill_batches(self, batches: Iterable[list[np.ndarray]]) -> Iterator[list[States]]:
         return map(self.prefill, batches)
 
+    def reduced_batches(self, batches: Iterable[list[Asked]]) -> Iterator[list[Reduced]]:
+        return map(self.reduced, batches)
+
     def close(self) -> None:
         del self.model
 
     @torch.inference_mode()
     def prefill(self, rows: list[np.ndarray]) -> list[States]:
         """Hidden states of rows [T], from one batch."""
+        return [
+            States({b: to_storage(state) for b, state in zip(self.layers, aux, strict=True)}, to_storage(last))
+            for aux, last in self.states(rows)
+        ]
+
+    @torch.inference_mode()
+    def reduced(self, rows: list[Asked]) -> list[Reduced]:
+        """What a compact dump keeps of rows, from one batch."""
+        states = self.states([row.ids for row in rows])
+        return [
+            self.reducer(torch.cat(aux, dim=1), last[torch.from_numpy(row.teachers).to(self.device)], row.following)
+            for row, (aux, last) in zip(rows, states, strict=True)
+        ]
+
+    def states(self, rows: list[np.ndarray]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Of each row: the boundaries and the last state, each [T, H], on the device."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, P], right-padded: causal rows never see it
         ids = torch.zeros(mask.shape, dtype=torch.int64)
@@ -89,11 +110,8 @@ class TransformersEngine:
         base = self.model.base_model
         with boundary_inputs(decoder_layers(self.model), self.layers) as captured:
             out = base(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False)
-        states = []
         for n, length in enumerate(lengths.tolist()):
-            aux = {b: to_storage(captured[b][n, :length]) for b in self.layers}
-            states.append(States(aux, to_storage(out.last_hidden_state[n, :length])))
-        return states
+            yield [captured[b][n, :length] for b in self.layers], out.last_hidden_state[n, :length]
 
 
 def use_grouped_attention(model: torch.nn.Module) -> None:
@@ -115,18 +133,20 @@ def grouped_attention(
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers of a transformers causal language model."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
-        raise UserError(
-            f"{type(model).__name__} has no `model.layers`: its decoder layers could not be found, so nothing can be captured from it"
-        )
-    return layers
+    """The decoder layers of a transformers causal language model, or of the language part of one that also reads images."""
+    for part in (model.base_model, getattr(model.base_model, "language_model", None)):
+        if isinstance(layers := getattr(part, "layers", None), torch.nn.ModuleList):
+            return layers
+    raise UserError(
+        f"{type(model).__name__} has neither `model.layers` nor `model.language_model.layers`: its decoder layers could not be found, "
+        f"so nothing can be captured from it"
+    )
 
 
 @contextmanager
 def boundary_inputs(layers: torch.nn.ModuleList, boundaries: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Within the block a forward pass leaves what enters each of these layers, [B, P, H], in the mapping."""
+    """Within the block a forward pass leaves what enters each of these layers, [B, P, H], in the mapping; for b = L what leaves the
+    last one, before the final norm."""
     captured: dict[int, Tensor] = {}
 
     def hook(boundary: int):  # noqa: ANN202
@@ -135,18 +155,17 @@ def boundary_inputs(layers: torch.nn.ModuleList, boundaries: tuple[int, ...]) ->
 
         return keep
 
-    handles = [layers[b].register_forward_pre_hook(hook(b), with_kwargs=True) for b in boundaries]
+    def keep_output(_module: torch.nn.Module, _args: tuple, output: Any) -> None:
+        captured[len(layers)] = output[0] if isinstance(output, tuple) else output
+
+    handles = [layers[b].register_forward_pre_hook(hook(b), with_kwargs=True) for b in boundaries if b < len(layers)]
+    if len(layers) in boundaries:
+        handles.append(layers[-1].register_forward_hook(keep_output))
     try:
         yield captured
     finally:
         for handle in handles:
             handle.remove()
-
-
-def to_storage(tensor: Tensor) -> np.ndarray:
-    """A tensor to numpy, bfloat16 as its bits in uint16."""
-    tensor = tensor.detach().contiguous().cpu()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def end_of_turn_ids(folder: Path) -> list[int]:

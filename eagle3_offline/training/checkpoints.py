@@ -134,11 +134,14 @@ def load(engine: Any, saved: Saved) -> dict[str, Any]:
 
 
 def fp32_weights(folder: Path, step: int, stage: int) -> dict[str, Tensor]:
-    """The fp32 master weights of a checkpoint, whatever ZeRO stage wrote it."""
+    """The fp32 master weights of a checkpoint, whatever ZeRO stage wrote it.
+
+    From stage 1 on, DeepSpeed reads its own files here as in a resume, and unpickles them whole: only load checkpoints that you trust.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if stage == 0:
-        state = torch.load(folder / step_name(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        state = torch.load(folder / step_name(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
     else:
         with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is for the summary
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=step_name(step))

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from ..machine import cpu_multiplies_bfloat16, free_port
+from ..records import UserError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ def start(timeout_minutes: float) -> Ranks:
     env.setdefault("MASTER_PORT", str(free_port()))
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
+    elif int(env["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UserError(f"rank {env['LOCAL_RANK']} (from 0) has no GPU: its node has {torch.cuda.device_count()}; start fewer ranks")
     import deepspeed
 
     # On a CPU DeepSpeed would compile this operator for a minute and never use it.

@@ -56,6 +56,8 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"train.deepspeed is {config.deepspeed!r}, and {path} does not exist")
     value = json.loads(path.read_text(encoding="utf-8"))
     stage = value.get("zero_optimization", {}).get("stage", 0)
+    if value.get("comet", {}).get("api_key"):  # the resolved JSON is kept in the run folder
+        raise UserError(f"{path} holds comet's api_key, which would be copied into the run folder: set COMET_API_KEY instead")
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path} asks for ZeRO stage {stage}; expected 0, 1, 2 or 3")
     if stage == 0 and uses_bfloat16(config):
@@ -65,14 +67,13 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
 
 def engine_config(config: TrainConfig, world: int) -> dict[str, Any]:
     """What DeepSpeed is given."""
-    if config.batch_size % (world * config.micro_batch_size):
-        raise UserError(
-            f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {config.micro_batch_size}"
-        )
+    micro = 1 if config.micro_batch_tokens else config.micro_batch_size
+    if config.batch_size % (world * micro):
+        raise UserError(f"train.batch_size {config.batch_size} is no multiple of {world} ranks x micro_batch_size {micro}")
     return {
         **deepspeed_json(config),
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # one_step says itself which micro-batch is a step's last: a step's number of them varies
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": config.clip,
         "bf16": {"enabled": uses_bfloat16(config)},
         "steps_per_print": 2**62,

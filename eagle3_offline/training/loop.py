@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .order import epochs_done
 from .ridge import start_fc
 from .step import Carried, Training, one_step
+from .trackers import Trackers, require_packages
 
 MOST_SKIPPED = 3  # steps in a row that may be skipped because their loss or gradient is not finite
 NO_SETTING = (  # of the weights: what may differ when a training goes on
@@ -37,6 +38,9 @@ NO_SETTING = (  # of the weights: what may differ when a training goes on
     "dist_timeout",
     "dtype",
     "deepspeed",
+    "attention",
+    "checkpoint_activations",
+    "micro_batch_tokens",
 )
 
 
@@ -44,6 +48,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     """Train recipe.train.draft; go on from its newest checkpoint. Writes weights.safetensors (fp32) and draft.json at the end."""
     config = recipe.train
     folder = run.draft(config.draft)
+    require_packages(recipe)
     source = open_source(run.dump, config)
     run.claim(f"train.{config.draft}", settings(recipe, source))
     if is_trained(folder):
@@ -51,15 +56,16 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = start(config.dist_timeout)
     source = source.to(ranks.device)
-    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k)
+    teacher = teacher_of(source.lm_head, source.target_ids, source.top_k, source.transform)
     saved = checkpoints.newest(folder / "checkpoints", ranks, zero_stage(config))
     head = source.new_head(config)
     if config.fc_init == "ridge" and not saved.step:
         start_fc(source, head)
+    head.attention, head.checkpoint_activations = config.attention, config.checkpoint_activations
     engine = build(config, head, ranks, saved.universal)
     training = Training(config, source, engine, teacher, ranks, Carried(torch.zeros(config.ttt_length)))
     training.carried.load(checkpoints.load(engine, saved))
-    steps = _steps(training, folder, saved.step, stop)
+    steps = _steps(training, folder, saved.step, stop, Trackers(recipe, folder))
     summary = _summary(training, folder, steps)
     if ranks.rank == 0:
         _publish(training, folder, summary)
@@ -72,6 +78,7 @@ def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     config = recipe.train
     chosen = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_SETTING}
     resolved = {"bfloat16": uses_bfloat16(config), "deepspeed": deepspeed_json(config)}  # what `auto` and a file's name stand for here
+    resolved["start_from"] = source.published and source.published.digest  # whatever its folder is called
     return {**chosen, **resolved, "dump": source.dump.manifest["digest"]}
 
 
@@ -79,16 +86,16 @@ def settings(recipe: Recipe, source: Source) -> dict[str, Any]:
 # Steps
 
 
-def _steps(training: Training, folder: Path, first: int, stop: StopSignal) -> int:
+def _steps(training: Training, folder: Path, first: int, stop: StopSignal, trackers: Trackers) -> int:
     """Train from step `first` on; the number of steps that are done when the training is over."""
     config, ranks, carried = training.config, training.ranks, training.carried
-    metrics = Metrics(folder, first) if ranks.rank == 0 else None
+    metrics = Metrics(folder, first, trackers) if ranks.rank == 0 else None
     batches = read_ahead(training.source, config, ranks.rank, ranks.world, first)
     done = first
     if first == 0:
         _evaluate(training, 0, metrics)  # the untrained draft
-    with StageProgress("train", config.total_steps - first, "steps") as progress:
-        while done < config.total_steps and not carried.stalled(config.early_stop):
+    with StageProgress("train", training.steps - first, "steps") as progress:
+        while done < training.steps and not carried.stalled(config.early_stop):
             started = time.monotonic()
             micro = next(batches)
             waited = time.monotonic() - started
@@ -102,7 +109,7 @@ def _steps(training: Training, folder: Path, first: int, stop: StopSignal) -> in
                 if skipped:
                     metrics.skipped({"step": done, **skipped})
             progress.advance(1, tokens, f"loss {values['loss']:.3f}, data wait {waited / took:.0%}")
-            if done == config.total_steps or (config.eval_every and done % config.eval_every == 0):
+            if done == training.steps or (config.eval_every and done % config.eval_every == 0):
                 _evaluate(training, done, metrics)
             _after(training, folder, done, stop)
     return done
@@ -113,7 +120,7 @@ def _after(training: Training, folder: Path, done: int, stop: StopSignal) -> Non
     config, ranks, carried = training.config, training.ranks, training.carried
     stopping = all_sum(torch.tensor(float(stop.received is not None)), ranks) > 0
     failing = carried.skipped_in_a_row > MOST_SKIPPED
-    over = done == config.total_steps or carried.stalled(config.early_stop)
+    over = done == training.steps or carried.stalled(config.early_stop)
     pins = _pins(training, done)
     if over or stopping or failing or pins or done % config.checkpoint_every == 0:
         kept = checkpoints.Kept(config.keep_checkpoints, pins)
@@ -124,7 +131,7 @@ def _after(training: Training, folder: Path, done: int, stop: StopSignal) -> Non
             f"names their rows, a checkpoint is written. Look at these rows (`store verify`), or train with a lower train.learning_rate"
         )
     if stopping and not over:
-        raise Stopped(f"stopped at step {done} of {config.total_steps}; the checkpoint is written, run the same command again to go on")
+        raise Stopped(f"stopped at step {done} of {training.steps}; the checkpoint is written, run the same command again to go on")
 
 
 def _pins(training: Training, done: int) -> list[str]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..runs import append_jsonl, continue_jsonl, write_text
+from .trackers import Trackers
 
 
 class Metrics:
     """Appends lines; what lies beyond the step that training resumes from is dropped, since it is computed again."""
 
-    def __init__(self, folder: Path, resumed_step: int):
+    def __init__(self, folder: Path, resumed_step: int, trackers: Trackers):
+        self.trackers = trackers
         self.steps, self.held_out, self.skips = folder / "metrics.csv", folder / "held_out.jsonl", folder / "skipped.jsonl"
         if self.steps.is_file() and self.steps.stat().st_size == 0:
             self.steps.unlink()  # a kill before the first line
@@ -29,9 +31,11 @@ class Metrics:
             if new:
                 writer.writeheader()
             writer.writerow(values)
+        self.trackers.write("train", values)
 
     def evaluation(self, values: dict[str, Any]) -> None:
         append_jsonl(self.held_out, values)
+        self.trackers.write("held_out", values)
 
     def skipped(self, values: dict[str, Any]) -> None:
         append_jsonl(self.skips, values)

@@ -15,6 +15,7 @@ from ..draft.loss import Objective, RowTerms, denominators
 from ..draft.teacher import Teacher
 from .data import Source
 from .distributed import Ranks, all_list, all_sum
+from .order import last_step
 
 
 @dataclass
@@ -55,6 +56,11 @@ class Training:
     ranks: Ranks
     carried: Carried
 
+    @property
+    def steps(self) -> int:
+        """The number of its last step, unless it stops early."""
+        return last_step(self.config.total_steps, self.config.epochs, self.config.batch_size, len(self.source.train_rows))
+
 
 def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, float], dict[str, Any] | None]:
     """One optimiser step. Returns its measures, and where it was skipped (loss or gradient not finite) the reason and the rows.
@@ -67,12 +73,13 @@ def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, flo
     learning_rate, skipped_before = engine.get_lr()[0], engine.skipped_steps  # of this step; step() sets the next one's
     parts = torch.zeros(1 + 2 * config.ttt_length, dtype=torch.float64)
     bad: list[str] = []
-    for batch in (batch.to(ranks.device) for batch in micro):
+    for number, batch in enumerate(batch.to(ranks.device) for batch in micro):
+        engine.set_gradient_accumulation_boundary(number == len(micro) - 1)
         terms = RowTerms(batch, training.teacher(batch, objective.needs_alpha), objective)
         loss, entropies, alphas = engine(batch, training.source.embed, terms)
         if not torch.isfinite(loss):
             bad += batch.ids  # its gradient is not finite either, so that DeepSpeed skips the step, on all ranks
-        engine.backward(loss * ranks.world * len(micro))  # DeepSpeed averages over ranks and micro-batches; this loss is a sum
+        engine.backward(loss * ranks.world)  # DeepSpeed averages over ranks; this loss is a sum
         _drop_bad_gradients(engine)
         engine.step()
         parts += torch.cat((loss.detach()[None], entropies, alphas)).double().cpu()

@@ -63,6 +63,7 @@ def test_the_export_needs_no_dump_and_keeps_the_basis_digest(compact, tmp_path):
         ("train.layers=[2, 4]", "projection of layers"),
         ("train.aux_scaling=false", "its projection holds the scaling"),
         ("train.fc_norm=true", "norms each layer before they are mixed"),
+        ("train.start_from=elsewhere", "whose fc reads the captured states"),
     ],
 )
 def test_what_a_projection_cannot_give_is_refused(compact, setting, reason):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eagle3_offline.runs import Run
+from eagle3_offline.store.reader import Dump
 from eagle3_offline.training import data
 from eagle3_offline.training.metrics import read_metrics
 
@@ -31,14 +32,14 @@ def poison(monkeypatch):
     """poison(names): the captured states of these rows (of all, for None) are not finite."""
 
     def apply(names):
-        sample = data.Source.sample
+        sample = Dump.sample
 
-        def poisoned(self, row):
-            found = sample(self, row)
+        def poisoned(self, row, *more):
+            found = sample(self, row, *more)
             bad = names is None or found.id in names
             return dataclasses.replace(found, aux=np.full_like(found.aux, 0x7FC0)) if bad else found  # bfloat16's NaN
 
-        monkeypatch.setattr(data.Source, "sample", poisoned)
+        monkeypatch.setattr(Dump, "sample", poisoned)
 
     return apply
 

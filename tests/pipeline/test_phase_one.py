@@ -53,6 +53,20 @@ def test_the_dump_holds_the_engines_ids_turns_and_states(dumped, random_target):
     assert two_turns or all("length" in row.finish_reasons for row in rows.values())
 
 
+def test_other_layers_by_the_command_line(answered):
+    """Boundary 8 enters the final norm; `store seal` takes the layers that were dumped."""
+    wrong = answered.stage("dump-hidden", "--layers", "2,9", exit_code=2)
+    assert "expected distinct boundary indices between 0 and 8" in wrong
+    answered.stage("dump-hidden", "--layers", "2,8")
+    answered.stage("store", "seal")
+    dump = Dump.open(Run(answered.run).dump)
+    assert dump.spec.layers == (2, 8)
+    sample, norm = dump.sample(0), torch.from_numpy(dump.target_tensors()["norm.weight"].copy()).view(torch.bfloat16).float()
+    before, last = (torch.from_numpy(states.copy()).view(torch.bfloat16).float() for states in (sample.aux[:, 32:], sample.last))
+    normed = before * (before.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm
+    assert torch.allclose(normed[sample.last_positions], last, atol=0.05, rtol=0.05)
+
+
 def test_greedy_answers_are_the_targets_own(dumped, random_target):
     """Every answer token is the argmax of a plain forward pass over what stands before it (up to bf16 ties)."""
     from transformers import AutoModelForCausalLM

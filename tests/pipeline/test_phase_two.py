@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,15 +22,8 @@ from eagle3_offline.runs import EXIT_STOPPED, Run
 from eagle3_offline.training.engine import rate
 from eagle3_offline.training.metrics import read_metrics
 
+from ..campaign import size
 from ..small_runs import Cli, losses, own_environment, weights, write_recipe
-
-
-@pytest.fixture(scope="session")
-def trained(dumped, tmp_path_factory) -> Cli:
-    """An uninterrupted training of 12 steps."""
-    cli = dumped.copy(tmp_path_factory.mktemp("trained") / "run")
-    cli.stage("train")
-    return cli
 
 
 def test_training_lowers_the_loss_and_writes_every_step(trained):
@@ -80,6 +74,22 @@ def test_a_stopped_training_goes_on_bit_for_bit(trained, copied):
     assert losses(copied) == losses(trained)
     again, once = weights(copied), weights(trained)
     assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+@pytest.mark.campaign
+def test_kills_at_random_steps_change_no_loss_and_no_weight(trained, dumped, tmp_path):
+    """kill -9 somewhere in a training of 12 steps with a checkpoint every 4, then to the end: as if nothing had been."""
+    rng = random.Random(0)
+    for kill in range(size(10)):
+        killed = dumped.copy(tmp_path / f"killed-{kill}")
+        process = killed.start("train")
+        wait_for_step(killed, rng.randint(1, 11))
+        time.sleep(rng.uniform(0, 0.1))  # somewhere in a step, or in the checkpoint that follows it
+        process.kill()
+        process.communicate()
+        killed.stage("train")
+        assert losses(killed) == losses(trained)
+        assert all(torch.equal(tensor, weights(trained)[name]) for name, tensor in weights(killed).items())
 
 
 def wait_for_step(cli: Cli, step: int, seconds: float = 120) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eagle3_offline.runs import Run
+from eagle3_offline.training.metrics import read_metrics
 
 from ..small_runs import Cli, losses, weights
 
@@ -75,6 +76,15 @@ def test_the_best_and_every_epochs_checkpoint_are_kept(copied):
     steps = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
     assert steps == {6, 12, 14, summary["best_step"]}
     assert json.loads((folder / "checkpoints" / "pinned.json").read_text()) == {"best": summary["best_step"], "epoch-1": 6, "epoch-2": 12}
+
+
+def test_epochs_end_a_training_before_its_total_steps(copied):
+    """24 rows, 5 a step: the tenth step completes the second epoch. The learning rate is that of 40 steps."""
+    more = ("train.epochs=2", "train.total_steps=40", "train.batch_size=5", "train.micro_batch_size=5", "train.warmup_ratio=0")
+    assert copied.stage("train", *options(1, *more))["steps"] == 10
+    rates = [line["learning_rate"] for line in read_metrics(Run(copied.run).draft("draft") / "metrics.csv")]
+    assert rates[-1] > 0.8 * rates[0]
+    assert copied.stage("train", *options(1, *more))["steps"] == 10  # nothing is left to do
 
 
 def test_early_stop_ends_at_the_same_step_after_a_resume(copied):

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,10 +14,13 @@ ANSWER = [70, 71, 72]  # then the end of turn, 2
 
 
 class FakeServer:
-    """Context manager. `plan(prompt, attempt)` names what the attempt-th request (from 0) with this prompt gets."""
+    """Context manager. `plan(prompt, attempt)` names what the attempt-th request (from 0) with this prompt gets.
 
-    def __init__(self, model_path: str, plan):
-        self.model_path, self.plan = model_path, plan
+    A good answer is `answer`, token ids.
+    """
+
+    def __init__(self, model_path: str, plan, answer: Sequence[int] = (*ANSWER, 2)):
+        self.model_path, self.plan, self.answer = model_path, plan, list(answer)
         self.attempts: Counter[tuple[int, ...]] = Counter()
         self.times: dict[tuple[int, ...], list[float]] = {}
         self.together = self.most_together = 0
@@ -56,7 +60,7 @@ class FakeServer:
 
             def misbehave(self, what: str, prompt_tokens: int) -> None:
                 meta = {"finish_reason": {"type": "stop", "matched": 2}, "prompt_tokens": prompt_tokens}
-                good = {"text": "abc", "output_ids": [*ANSWER, 2], "meta_info": meta}
+                good = {"text": "abc", "output_ids": fake.answer, "meta_info": meta}
                 if what == "hang":
                     time.sleep(3)
                     self.close_connection = True

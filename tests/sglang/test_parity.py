@@ -4,18 +4,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from eagle3_offline.config import RegenerateConfig
 from eagle3_offline.conversations.stdlib_questions import answer_pairs
 from eagle3_offline.records import Message
-from eagle3_offline.target.engine import Request, Sampling, States
+from eagle3_offline.target.engine import Asked, Request, Sampling, States
+from eagle3_offline.target.folder import head_tensors
+from eagle3_offline.target.reduction import Reducer
 from eagle3_offline.target.sglang_engine import SglangEngine
 from eagle3_offline.target.transformers_engine import TransformersEngine
+
+from ..families import make_family
 
 TOLERANCE = 1e-5  # of a row's own size, where that is above 1
 GREEDY = Sampling(0.0, 1.0, 0, 0)
 CHUNK = 64
-LAYERS = (0, 1, 2, 3, 4, 5, 6, 7)  # every boundary of the tiny target
+LAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # every boundary of the tiny target; 8 enters its final norm
 
 
 def difference(ours: States, theirs: States) -> float:
@@ -44,11 +49,19 @@ def tiny_reference(tiny, tiny_rows) -> list[States]:
     return [engine.prefill([row])[0] for row in tiny_rows]
 
 
+@pytest.fixture(scope="session")
+def reducer(tiny) -> Reducer:
+    """A random projection to 32 channels, the target's own head, its 8 largest logits."""
+    projection = torch.randn(len(LAYERS) * 192, 32, generator=torch.Generator().manual_seed(0))
+    return Reducer(projection, head_tensors(tiny, "float32")["lm_head.weight"], 8)
+
+
 @pytest.fixture(scope="session", params=["whole", "chunked"])
-def tiny_engine(request, tiny, tmp_path_factory):
+def tiny_engine(request, tiny, reducer, tmp_path_factory):
     log = tmp_path_factory.mktemp("engine") / "log"
     chunk = CHUNK if request.param == "chunked" else -1
-    engine = SglangEngine(tiny, LAYERS, "float32", context=256, log=log, options={"chunked_prefill_size": chunk})
+    options = {"chunked_prefill_size": chunk}
+    engine = SglangEngine(tiny, LAYERS, "float32", context=256, log=log, options=options, reducer=reducer)
     yield engine
     engine.close()
     assert (f"#new-token: {CHUNK}," in log.read_text()) == (request.param == "chunked")  # rows did come in pieces
@@ -63,10 +76,23 @@ def test_states_are_those_of_transformers(tiny_engine, tiny_rows, tiny_reference
         assert states.last.shape == (len(row), 192) and states.last.dtype == np.float32
 
 
+def test_what_a_compact_dump_keeps_is_that_of_transformers(tiny_engine, tiny_rows, tiny_reference, reducer):
+    """Reduced in the scheduler, whole and in chunks: as reduced from transformers' states, to the same tolerance."""
+    rows = [Asked(row, np.arange(len(row) // 3, len(row))) for row in tiny_rows]
+    reduced = next(tiny_engine.reduced_batches([rows]))
+    host = reducer.on("cpu")
+    for row, ours, states in zip(rows, reduced, tiny_reference, strict=True):
+        theirs = host(torch.from_numpy(states.side_by_side()), torch.from_numpy(states.last[row.teachers]), row.following)
+        assert np.abs(ours.aux - theirs.aux).max() <= TOLERANCE * np.abs(theirs.aux).max()
+        assert np.abs(ours.top.log_normaliser - theirs.top.log_normaliser).max() <= 10 * TOLERANCE
+        assert np.array_equal(ours.top.ids[:, 0], theirs.top.ids[:, 0])  # later ones may change places
+        assert np.allclose(np.sort(ours.top.log_probs), np.sort(theirs.top.log_probs), atol=0.02)  # fp16, about 10
+
+
 def test_a_shifted_layer_is_seen(tiny_engine, tiny_rows, tiny_reference):
     """The comparison above fails when each boundary holds its neighbour's states."""
     captured = next(tiny_engine.prefill_batches([tiny_rows[:1]]))[0]
-    shifted = States({b: captured.aux[(b + 1) % 8] for b in captured.aux}, captured.last)
+    shifted = States({b: captured.aux[(b + 1) % 9] for b in captured.aux}, captured.last)
     assert difference(shifted, tiny_reference[0]) > 1000 * TOLERANCE
     one = replace(captured, aux={**captured.aux, 4: captured.aux[3]})
     assert difference(one, tiny_reference[0]) > 1000 * TOLERANCE
@@ -119,3 +145,17 @@ def test_smollm2_states_and_answers_are_those_of_transformers(smollm2, tmp_path)
         engine.close()
     assert max(map(difference, captured, reference.prefill(rows))) <= TOLERANCE
     assert given == reference.generate(requests, GREEDY)
+
+
+def test_a_family_whose_layers_leave_the_residual_with_the_batch(sglang, random_target, tmp_path):
+    """Qwen3, random: its layers return what they add, unlike Llama's; gpt-oss and the mixtures of experts are written so, too."""
+    folder = make_family("qwen3", random_target, tmp_path / "qwen3")
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 250, length).astype(np.int32) for length in (5, 40, 23)]
+    layers = (0, 1, 2, 3, 4)
+    engine = SglangEngine(folder, layers, "float32", context=64, log=tmp_path / "log")
+    try:
+        captured = next(engine.prefill_batches([rows]))
+    finally:
+        engine.close()
+    assert max(map(difference, captured, TransformersEngine(folder, layers, "float32").prefill(rows))) <= TOLERANCE

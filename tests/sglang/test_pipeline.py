@@ -13,11 +13,13 @@ from ..small_runs import Cli, conversations, write_recipe
 
 @pytest.mark.timeout(900)
 def test_prepare_to_train_with_sglang(sglang, random_target, tmp_path):
-    """Answers of single and two-turn rows are those of transformers, token by token; the dump says who made it."""
+    """Answers of single and two-turn rows are those of transformers, token by token; a compact dump is fitted and made by SGLang alone,
+    says who made it, and a draft trains from it."""
     target = {"dtype": "float32", "max_length": 160}
+    compact = {"mode": "compact", "codec": "none", "rank": 1.0, "top_k": 8}
     runs = {}
     for engine in ("sglang", "transformers"):
-        recipe = write_recipe(tmp_path / engine, random_target, conversations(16), target={**target, "engine": engine})
+        recipe = write_recipe(tmp_path / engine, random_target, conversations(30), target={**target, "engine": engine}, dump=compact)
         runs[engine] = Cli(recipe, tmp_path / engine / "run")
         for words in (["prepare"], ["regenerate"]):
             runs[engine].stage(*words)
@@ -29,6 +31,11 @@ def test_prepare_to_train_with_sglang(sglang, random_target, tmp_path):
             assert ours.finish_reasons == theirs.finish_reasons
             turns.add(len(ours.turns))
     assert 1 in turns
-    for words in (["dump-hidden"], ["store", "seal"], ["train"]):
+    for words in (["dump-hidden", "--fit-basis"], ["dump-hidden"], ["store", "seal"], ["train"]):
         runs["sglang"].stage(*words)
-    assert Dump.open(run.dump).spec.engine == {"name": "sglang", "version": installed_version()}
+    dump = Dump.open(run.dump)
+    assert dump.spec.engine == {"name": "sglang", "version": installed_version()} and dump.spec.compact.rank == 32
+    sample = dump.sample(0)
+    assert sample.aux.shape == (len(sample.input_ids), 32) and sample.top.ids.shape == (len(sample.last_positions), 8)
+    following = np.append(sample.input_ids, -1)[sample.last_positions + 1]
+    assert all(token in top for token, top in zip(following[:-1], sample.top.ids[:-1], strict=True))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eagle3_offline"
 
-LEAVES = {"records", "config", "runs", "progress", "machine"}
+LEAVES = {"records", "config", "runs", "progress", "machine", "logits"}
 PARTS = {"conversations", "target", "store", "draft"}
 MAY_IMPORT = {
     **{leaf: LEAVES for leaf in LEAVES},

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from eagle3_offline.capture.compact import Moments, Reduction, top_logits
-from eagle3_offline.records import TokenRow, UserError
+from eagle3_offline.capture.compact import Moments, Reduction, asked
+from eagle3_offline.records import STORAGE_DTYPE, TokenRow, UserError
 from eagle3_offline.store.format import Compact, DumpSpec, last_positions
+from eagle3_offline.store.numeric import put_float32, to_float32
+from eagle3_offline.target.reduction import Reducer, top_logits
+from eagle3_offline.target.transformers_engine import TransformersEngine
 
 H, V, LAYERS = 6, 40, 2
 CHANNELS = H * LAYERS
@@ -130,3 +133,27 @@ def test_a_reduced_row(moments):
         assert row.input_ids[t + 1] in captured.top.ids[n]
     with pytest.raises(UserError, match="rank 4, the dump's is 5"):
         Reduction(make_spec(5), moments.basis(4), head)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_reduced_on_the_engines_device_is_what_the_host_would_make_of_its_states(random_target, dtype):
+    """Byte for byte, on a CPU: the states copied to the host, then projected and multiplied by the head there."""
+    rng = np.random.default_rng(0)
+    layers, width = (2, 5, 8), 32
+    projection, head = torch.randn(3 * width, 8), torch.randn(259, width).to(getattr(torch, dtype))
+    engine = TransformersEngine(random_target, layers, dtype, reducer=Reducer(projection, head, 4))
+    rows = [
+        TokenRow(f"r{n}", "s", "train", rng.integers(3, 200, length).astype(np.int32), ((length // 2, length),), ("stop",))
+        for n, length in enumerate((5, 30, 70))
+    ]
+    (reduced,) = engine.reduced_batches([[asked(row) for row in rows]])
+    (states,) = engine.prefill_batches([[row.input_ids for row in rows]])
+    for row, ours, whole in zip(rows, reduced, states, strict=True):
+        positions = last_positions(row.turns, len(row.input_ids))
+        projected = np.empty((len(row.input_ids), 8), STORAGE_DTYPE[dtype])
+        put_float32((torch.from_numpy(to_float32(whole.side_by_side(), dtype)) @ projection).numpy(), projected, dtype)
+        following = np.append(row.input_ids, -1)[positions + 1]
+        top = top_logits(torch.from_numpy(to_float32(whole.last[positions], dtype)), head.float(), following, 4)
+        assert ours.aux.dtype == projected.dtype and ours.aux.tobytes() == projected.tobytes()
+        for name in ("ids", "log_probs", "log_normaliser"):
+            assert getattr(ours.top, name).tobytes() == getattr(top, name).tobytes()

@@ -3,61 +3,81 @@
 import pytest
 import torch
 
+from eagle3_offline.draft import attention
 from eagle3_offline.draft import teacher as draft_teacher
-from eagle3_offline.draft import unroll as draft_unroll
 from eagle3_offline.draft.batch import collate
-from eagle3_offline.draft.model import RMSNorm
 from eagle3_offline.draft.teacher import FullTeacher, argmax
-from eagle3_offline.draft.unroll import groups, unroll
+from eagle3_offline.draft.unroll import unroll
 
 from .conftest import make_sample
 
 K = 3
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_norm_equals_torchs(dtype, tolerance):
-    torch.manual_seed(0)
-    ours = RMSNorm(48, 1e-5).to(dtype)
-    theirs = torch.nn.RMSNorm(48, eps=1e-5, dtype=dtype)
-    with torch.no_grad():
-        ours.weight.copy_(torch.randn(48))
-        theirs.weight.copy_(ours.weight)
-    x = (torch.randn(7, 48) * 5).to(dtype)
-    found = []
-    for norm in (ours, theirs):
-        mine = x.clone().requires_grad_()
-        y = norm(mine)
-        (y * torch.linspace(-1, 1, 48).to(dtype)).sum().backward()
-        found.append((y, mine.grad, norm.weight.grad))
-    for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, atol=tolerance, rtol=tolerance) and a.dtype == b.dtype
-
-
-def test_the_norms_gradient_by_finite_differences():
-    norm = RMSNorm(6, 1e-5).double()
-    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight))
-
-
-def test_neighbours_share_an_attention_call():
-    segments = ((0, 200), (200, 500), (500, 600), (600, 1400), (1400, 1450))
-    assert groups(segments) == [(0, 500, [0, 1]), (500, 600, [2]), (600, 1400, [3]), (1400, 1450, [4])]
-
-
-@pytest.mark.parametrize("rows", [1, 20, 512])
-def test_grouped_attention_equals_one_conversation_at_a_time(head, sample, embed, monkeypatch, rows):
-    monkeypatch.setattr(draft_unroll, "GROUP_ROWS", rows)
-    samples = [
+@pytest.fixture
+def samples(sample):
+    """The hand-made one, one without a live row, and two more."""
+    return [
         sample,
         make_sample("b", 10, ((4, 9),), seed=8),
         make_sample("dead", 5, ((3, 4),), seed=9),
         make_sample("c", 12, ((2, 12),), 7),
     ]
+
+
+def gradients(head, samples, embed):
+    """The logits of all steps, and the gradients of a sum that weighs each differently."""
+    logits = torch.cat(unroll(head, collate(samples, K), embed, K))
+    head.zero_grad()
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in head.parameters())]
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    assert all(torch.allclose(a, b, atol=tolerance, rtol=tolerance) for a, b in zip(found, expected, strict=True))
+
+
+def test_conversations_side_by_side_equal_one_at_a_time(head, samples, embed):
     together = unroll(head, collate(samples, K), embed, K)
     alone = [unroll(head, collate([s], K), embed, K) for s in samples]
     for k in range(K):
         assert torch.allclose(together[k], torch.cat([logits[k] for logits in alone]), atol=1e-12)
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 100])
+def test_blockwise_attention_equals_the_reference(head, samples, embed, monkeypatch, block_rows):
+    monkeypatch.setitem(attention.BLOCK_SCORES, "cpu", block_rows * 4 * 11)  # 4 heads, at most 11 step-0 rows
+    found = {}
+    for head.attention in ("reference", "blockwise"):
+        found[head.attention] = gradients(head, samples, embed)
+    assert_equal(found["blockwise"], found["reference"])
+
+
+def test_auto_goes_by_blocks_where_a_conversation_is_long(head, samples, embed, monkeypatch):
+    """Of queries x rows: 5 x 11 and 9 x 11 are long, 4 x 9 is not; their lengths are those of step 0."""
+    blocks, plain = [], attention._step_zero_block
+    monkeypatch.setattr(attention, "_step_zero_block", lambda query, *more: blocks.append(len(query)) or plain(query, *more))
+    monkeypatch.setattr(attention, "AUTO_SCORES", 4 * 11)
+    unroll(head, collate(samples, K), embed, 1)
+    assert blocks == [5, 9]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_the_reference(head, samples, embed):
+    """On a CPU flex_attention has no gradient, so that only its result is compared."""
+    found = {}
+    with torch.no_grad():
+        for head.attention in ("reference", "flex"):
+            found[head.attention] = unroll(head, collate(samples, K), embed, K)
+    assert_equal(found["flex"], found["reference"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+def test_checkpointed_activations_change_nothing(head, samples, embed, backend):
+    head.attention, found = backend, {}
+    for head.checkpoint_activations in (False, True):
+        found[head.checkpoint_activations] = gradients(head, samples, embed)
+    assert_equal(found[True], found[False], 0)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # 1e-3: every row is too near to tell in bfloat16

@@ -63,9 +63,3 @@ def test_queries_turn_as_in_transformers(parameters):
 
 def test_a_draft_has_no_more_tokens_than_the_target():
     assert draft_settings(CONFIG, (2, 4, 5), 32000).draft_vocab_size == 100
-
-
-@pytest.mark.parametrize("more", [{"final_logit_softcapping": 30.0}, {"logit_scale": 0.5}])
-def test_heads_that_do_more_than_multiply_are_refused(more):
-    with pytest.raises(UserError, match="supported so far"):
-        draft_settings({**CONFIG, **more}, (2, 4, 5), 50)

@@ -199,6 +199,30 @@ def test_batching_changes_nothing(head, sample, embed):
         assert torch.allclose(together[k][-len(alone[k]) :] if len(alone[k]) else together[k][:0], alone[k], atol=1e-12)
 
 
+@pytest.mark.parametrize("normalisation", ["sequence", "token"])
+def test_a_steps_micro_batches_may_be_split_at_will(head, sample, embed, lm_head, target_ids, normalisation):
+    """Packed and one by one, in fp32: the sums over micro-batches of losses and gradients are those of all rows at once."""
+    head, embed, lm_head = head.float(), embed.float(), lm_head.float()
+    samples = [
+        sample,
+        make_sample("b", 10, ((4, 9),), seed=8),
+        make_sample("dead", 5, ((3, 4),), seed=9),
+        make_sample("c", 12, ((2, 12),), 7),
+    ]
+    samples = [dataclasses.replace(s, aux=s.aux.astype("float32"), last=s.last.astype("float32")) for s in samples]
+    found = []
+    for split in ([[0, 1, 2, 3]], [[3], [0, 1], [2]], [[0], [1], [2], [3]]):
+        micro = [collate([samples[i] for i in pack], K) for pack in split]
+        objective = Objective("soft cross-entropy", normalisation, DECAY, denominators(micro, normalisation), torch.zeros(K))
+        teacher = FullTeacher(lm_head, target_ids)
+        head.zero_grad()
+        loss = sum(head(batch, embed, RowTerms(batch, teacher(batch), objective))[0] for batch in micro)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in head.parameters())])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-6) for a, b in zip(found[0], other, strict=True))
+
+
 def test_the_future_is_not_seen(head, sample, embed):
     """Changing what comes after a row's chain changes none of its logits."""
     changed = sample.input_ids.copy()

@@ -1,20 +1,23 @@
 """`store degrade`: any mode from a lossless dump, equal to what a dump of that mode would have written."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from eagle3_offline.capture import compact as compact_module
-from eagle3_offline.capture.compact import Reduction, top_logits
+from eagle3_offline.capture.compact import make_reducer
 from eagle3_offline.capture.degrade import degrade, fit_basis_of_dump
 from eagle3_offline.config import DumpConfig
 from eagle3_offline.records import TooManyRejected, UserError
 from eagle3_offline.runs import StopSignal
+from eagle3_offline.store import estimate as estimate_module
 from eagle3_offline.store.format import Sizes
 from eagle3_offline.store.reader import Dump
 from eagle3_offline.store.verify import verify
+from eagle3_offline.target.reduction import top_logits
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_a_compact_dump(build, make_spec, tmp_path, stop):
     again = fit_basis_of_dump(source, 8, stop)
     for name in ("scale", "eigenvalues"):
         np.testing.assert_allclose(again[name], basis[name], rtol=1e-4)
-    assert Reduction(dump.spec, basis, torch.zeros(50, 16)).projection.shape == (32, 8)
+    assert make_reducer(dump.spec, basis, torch.zeros(50, 16)).projection.shape == (32, 8)
 
 
 def test_it_goes_on_where_it_was_stopped(dump, tmp_path, stop, monkeypatch):
@@ -147,3 +150,12 @@ def test_what_a_partial_dump_lacks_stays_known(write_parts, put_target, spec, un
     degrade(tmp_path / "partial", tmp_path / "lossy", DumpConfig(codec="int8"), stop)
     for manifest in (Dump.open(tmp_path / "lossy").manifest, merge([tmp_path / "partial"], tmp_path / "merged")):
         assert manifest["missing"]["rows"] == ["lost"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_part(dump, tmp_path, stop, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UserError, match="is estimated at .* has 0.00 GB free.*dump.force=true"):
+        degrade(dump, tmp_path / "degraded", DumpConfig(codec="int8"), stop)
+    assert not (tmp_path / "degraded" / "parts").exists()
+    assert degrade(dump, tmp_path / "degraded", DumpConfig(codec="int8", force=True), stop)["done"] == len(Dump.open(dump))

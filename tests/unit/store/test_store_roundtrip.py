@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -112,6 +113,32 @@ def test_threads_share_a_dump(dump):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for number, sample in enumerate(pool.map(lambda n: fresh.sample(n % len(fresh)), range(200))):
             assert_same(sample, expected[number % len(fresh)])
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_samples_read_ahead_are_the_same_in_the_order_asked_for(dump, reuse):
+    opened = Dump.open(dump)
+    order = [5, 0, 2, 2, 1, 3, 4, 0, 5, 1]
+    for threads in (1, 3):
+        for i, sample in zip(order, opened.samples(order, threads=threads, reuse=reuse), strict=True):
+            assert_same(sample, opened.sample(i))
+    layers = opened.spec.layers[1:]
+    for i, sample in zip(order, opened.samples(order, layers, reuse=reuse), strict=True):
+        assert_same(sample, opened.sample(i, layers))
+    assert list(opened.samples([])) == []
+
+
+def test_samples_raise_at_the_row_that_cannot_be_read_and_leave_no_thread(dump):
+    opened = Dump.open(dump)
+    before = threading.active_count()
+    samples = opened.samples([0, 1, 99, 2], threads=2)
+    assert [next(samples).id, next(samples).id] == ["a", "b"]
+    with pytest.raises(UserError, match="row 99 is not in"):
+        next(samples)
+    unfinished = opened.samples([0] * 20)
+    next(unfinished)
+    unfinished.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -6,7 +6,10 @@ import torch
 
 from eagle3_offline.records import UserError
 from eagle3_offline.target.engine import Request, Sampling, capture_layers
+from eagle3_offline.target.folder import head_tensors
 from eagle3_offline.target.transformers_engine import TransformersEngine, truncate
+
+from ...families import FAMILIES, make_family
 
 GREEDY = Sampling(0.0, 1.0, 0, 0)
 LAYERS = (2, 4, 5)
@@ -33,6 +36,46 @@ def test_captured_states_are_hugging_faces_hidden_states(engine):
             assert not np.allclose(states.aux[b], out.hidden_states[b + 1][0], atol=1e-2)
         assert np.allclose(states.last, out.hidden_states[-1][0], atol=1e-5)
         assert np.allclose(engine.model.lm_head(torch.from_numpy(states.last)).detach(), out.logits[0], atol=1e-4)
+
+
+def test_the_last_boundary_is_what_enters_the_final_norm(random_target):
+    """Against the layers called one by one; Hugging Face's hidden_states[L] is what leaves the norm."""
+    engine = TransformersEngine(random_target, (7, 8), "float32")
+    row = rows(1)[0]
+    (states,) = engine.prefill([row])
+    base = engine.model.model
+    with torch.no_grad():
+        h, positions = base.embed_tokens(torch.from_numpy(row)[None].long()), torch.arange(len(row))[None]
+        mask = torch.full((len(row), len(row)), float("-inf")).triu(1)[None, None]
+        for number, layer in enumerate(base.layers):
+            if number == 7:
+                assert np.allclose(states.aux[7], h[0], atol=1e-5)
+            h = layer(h, attention_mask=mask, position_embeddings=base.rotary_emb(h, positions))
+        assert np.allclose(states.aux[8], h[0], atol=1e-5)
+        assert np.allclose(states.last, base.norm(h)[0], atol=1e-5)
+        assert not np.allclose(states.aux[8], states.last, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, random_target, tmp_path):
+    """The layers are found, boundaries are hidden_states[b], and the head's tensors make the logits of boundary L."""
+    folder = make_family(family, random_target, tmp_path / family)
+    engine = TransformersEngine(folder, (0, 1, 2, 4), "float32")
+    short, row = rows(2)
+    _, states = engine.prefill([short, row])
+    with torch.no_grad():
+        out = engine.model(torch.from_numpy(row)[None].long(), output_hidden_states=True)
+    for b in (0, 1, 2):
+        assert np.allclose(states.aux[b], out.hidden_states[b][0], atol=1e-4)
+    assert np.allclose(states.last, out.hidden_states[4][0], atol=1e-4)
+    tensors, before = head_tensors(folder, "float32"), torch.from_numpy(states.aux[4])
+    last = before * (before.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * tensors["norm.weight"]
+    assert np.allclose(last, states.last, atol=1e-3)
+    logits = last @ tensors["lm_head.weight"].T
+    if family == "gemma2":
+        logits = 30 * torch.tanh(logits / 30)  # its soft-capping
+    assert torch.allclose(logits, out.logits[0], atol=1e-2)
+    assert torch.equal(tensors["embed_tokens.weight"], engine.model.get_input_embeddings().weight)
 
 
 def test_batched_greedy_answers_equal_those_alone(engine):
@@ -80,6 +123,7 @@ def test_layers():
     assert capture_layers([7, 1, 3, 5], 8) == (1, 3, 5, 7)
     with pytest.raises(UserError, match="collide"):
         capture_layers([], 6)
-    for wrong in ([1, 1, 2], [0, 8], [-1, 2]):
+    assert capture_layers([8, 4], 8) == (4, 8)
+    for wrong in ([1, 1, 2], [0, 9], [-1, 2]):
         with pytest.raises(UserError, match="distinct boundary indices"):
             capture_layers(wrong, 8)

@@ -8,10 +8,11 @@ import torch
 
 from eagle3_offline.records import UserError
 from eagle3_offline.target import sglang_hook, sglang_server
-from eagle3_offline.target.engine import Request
+from eagle3_offline.target.engine import Asked, Request
+from eagle3_offline.target.reduction import Reducer
 from eagle3_offline.target.serve import without
 from eagle3_offline.target.server_pool import completion, normal_url, retry_after
-from eagle3_offline.target.sglang_hook import ERROR, CaptureError, hook_specs, read_row
+from eagle3_offline.target.sglang_hook import ERROR, NORM, REDUCER, CaptureError, hook_specs, read_row, write_teachers
 
 H = 4
 
@@ -89,8 +90,10 @@ def batch(pieces, **mode):
 
 @pytest.fixture
 def model(tmp_path):
-    """run(pieces): a forward pass in which boundary b of token t is 100 b + t, through the hooks that SGLang would register."""
-    specs = hook_specs((0, 2), tmp_path, "float32")
+    """run(pieces): a forward pass of two layers in which boundary b of token t is 100 b + t, through the hooks that SGLang would
+    register."""
+    specs = hook_specs((0, 2), tmp_path, "float32", depth=2)
+    np.save(tmp_path / NORM, np.ones(H, np.float32))
     hooks = [getattr(sglang_hook, spec["hook_factory"].split(":")[1])(spec["config"]) for spec in specs]
     assert [spec["target_modules"] for spec in specs] == [["*embed_tokens"], ["*layers.1"], ["*logits_processor"]]
 
@@ -118,9 +121,9 @@ def test_pieces_of_a_row_are_joined_and_others_are_left_alone(model, tmp_path):
     model([("eagle3-0-1", 3, 4)])
     model([("eagle3-0-1", 7, 2), ("eagle3-0-2", 0, 1)], extend=False)  # decoding
     for rid, length in (("eagle3-0-0", 5), ("eagle3-0-1", 7)):
-        ids, states = read_row(tmp_path, rid, length)
+        ids, (states,) = read_row(tmp_path, rid, length)
         assert ids.tolist() == list(range(length)) and np.array_equal(states, expected(length))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [NORM]
 
 
 def test_a_row_that_starts_again_is_taken_from_there(model, tmp_path):
@@ -128,7 +131,44 @@ def test_a_row_that_starts_again_is_taken_from_there(model, tmp_path):
     model([("eagle3-0-0", 4, 2)])
     model([("eagle3-0-0", 0, 3)])
     model([("eagle3-0-0", 3, 5)])
-    assert np.array_equal(read_row(tmp_path, "eagle3-0-0", 8)[1], expected(8))
+    assert np.array_equal(read_row(tmp_path, "eagle3-0-0", 8)[1][0], expected(8))
+
+
+def test_a_row_of_a_compact_dump_is_reduced_in_the_scheduler(model, tmp_path):
+    """Whole and in pieces, beside one that is not: the projection and the teachers are those of the reducer itself."""
+    generator = torch.Generator().manual_seed(0)
+    reducer = Reducer(torch.randn(2 * H, 3, generator=generator), torch.randn(20, H, generator=generator), 5)
+    reducer.save(tmp_path / REDUCER)
+    asked = Asked(np.arange(8, dtype=np.int32), np.array([2, 3, 4, 7]))
+    assert asked.following.tolist() == [3, 4, 5, -1]
+    for rid in ("eagle3-0-0", "eagle3-0-1"):
+        write_teachers(tmp_path, rid, asked)
+    model([("eagle3-0-0", 0, 8), ("eagle3-0-2", 0, 2)])
+    for prefix, length in ((0, 2), (2, 2), (4, 4)):
+        model([("eagle3-0-1", prefix, length)])
+    low, high, last = map(torch.from_numpy, expected(8))
+    wanted = reducer(torch.cat([low, high], 1), last[asked.teachers], asked.following)
+    for rid in ("eagle3-0-0", "eagle3-0-1"):
+        ids, (aux, top_ids, log_probs, normaliser) = read_row(tmp_path, rid, 8)
+        assert ids.tolist() == list(range(8)) and np.allclose(aux, wanted.aux, rtol=1e-6)
+        assert np.array_equal(top_ids, wanted.top.ids) and np.allclose(log_probs, wanted.top.log_probs, rtol=1e-3)
+        assert np.allclose(normaliser[:, 0], wanted.top.log_normaliser, rtol=1e-6)
+    assert np.array_equal(read_row(tmp_path, "eagle3-0-2", 2)[1][0], expected(2))
+    assert {path.name for path in tmp_path.iterdir()} == {NORM, REDUCER}
+
+
+def test_a_layer_that_leaves_its_residual_with_the_batch(tmp_path):
+    """As SGLang's Qwen3 and gpt-oss do: the stream's snapshot is the sum; without it nothing is captured."""
+
+    class Stream:
+        def snapshot(self, output):
+            return output + 5
+
+    capture = sglang_hook.Capture(tmp_path, (1, 2), torch.float32, depth=2)
+    capture.guard(capture.keep, 1, torch.ones(2, H), (torch.arange(2), types.SimpleNamespace(residual_stream=Stream())), True)
+    assert capture.kept[1].tolist() == [[6.0] * H] * 2
+    capture.guard(capture.keep, 2, torch.ones(2, H), (torch.arange(2), types.SimpleNamespace(residual_stream=None)), True)
+    assert "leaves its residual where it was not found" in (tmp_path / ERROR).read_text()
 
 
 @pytest.mark.parametrize("pieces", [[], [(0, 3)], [(2, 6)], [(0, 3), (4, 4)], [(0, 9)]])
@@ -137,7 +177,7 @@ def test_a_row_with_a_gap_is_refused(model, tmp_path, pieces):
         model([("eagle3-0-0", prefix, length)])
     with pytest.raises(CaptureError, match="expected 8 without a gap"):
         read_row(tmp_path, "eagle3-0-0", 8)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [NORM]
 
 
 @pytest.mark.parametrize(
@@ -155,11 +195,31 @@ def test_what_cannot_be_captured_is_written_down_and_never_raised(model, tmp_pat
     model([("eagle3-0-0", 0, 5)], **how)
     assert re.search(message, (tmp_path / ERROR).read_text())
     model([("eagle3-0-0", 0, 5)])  # from then on nothing is captured
-    assert [path.name for path in tmp_path.iterdir()] == [ERROR]
+    assert {path.name for path in tmp_path.iterdir()} == {NORM, ERROR}
+
+
+def test_boundary_l_is_checked_once_and_need_not_be_asked_for(tmp_path):
+    """The final norm (2 x of the first channel) makes the last state of it; a state that it does not make is refused."""
+    norm, state = torch.tensor([2.0, 1.0, 1.0, 1.0]), torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(3, 1)
+    np.save(tmp_path / NORM, norm.numpy())
+    normed = state * norm / state.square().mean().sqrt()
+
+    def forward(capture, after_the_last):
+        capture.guard(capture.keep, 1, state)
+        capture.guard(capture.keep, 2, after_the_last)
+        capture.guard(capture.write, (torch.arange(3), normed, None, batch([("eagle3-0-0", 0, 3)])))
+
+    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2)
+    forward(capture, state)
+    assert capture.checked and not (tmp_path / ERROR).exists()
+    forward(capture, torch.zeros(3, H))  # not looked at again
+    assert read_row(tmp_path, "eagle3-0-0", 3)[1][0].shape == (2, 3, H)
+    forward(sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2), state.flip(1))
+    assert "not what the final norm reads (cosine 0.6" in (tmp_path / ERROR).read_text()
 
 
 def test_a_deferred_all_reduce_is_refused(tmp_path):
-    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32)
+    capture = sglang_hook.Capture(tmp_path, (1,), torch.float32, depth=2)
     partial = torch.zeros(3, H)
     partial._sglang_needs_allreduce_fusion = True
     capture.guard(capture.keep, 1, (partial, torch.zeros(3, H)))
@@ -167,7 +227,7 @@ def test_a_deferred_all_reduce_is_refused(tmp_path):
 
 
 def test_what_is_kept_outlives_work_in_place(tmp_path):
-    capture = sglang_hook.Capture(tmp_path, (0,), torch.float32)
+    capture = sglang_hook.Capture(tmp_path, (0,), torch.float32, depth=2)
     output = torch.zeros(2, H)
     capture.keep(0, output)
     output += 1
