@@ -238,10 +238,10 @@ def shared_teacher() -> Iterator[None]:
     """All drafts of one vocabulary share a teacher, so that its argmaxes over the whole vocabulary are made once, not once a cell."""
     teachers, make = {}, loop.teacher_of
 
-    def teacher_of(lm_head: torch.Tensor, target_ids: torch.Tensor, top_k: int | None):  # noqa: ANN202
-        key = (target_ids.numpy().tobytes(), top_k)
+    def teacher_of(lm_head: torch.Tensor, target_ids: torch.Tensor, top_k: int | None, *more: object):  # noqa: ANN202
+        key = (target_ids.cpu().numpy().tobytes(), top_k)
         if key not in teachers:
-            teachers[key] = make(lm_head, target_ids, top_k)
+            teachers[key] = make(lm_head, target_ids, top_k, *more)
         return teachers[key]
 
     loop.teacher_of = teacher_of

@@ -393,18 +393,16 @@ class Process:
 
 
 def started(name: str, shape: str, python: dict[str, str], **environment: str) -> Process:
-    """A worker that is ready."""
+    """A worker, which says when it is ready."""
     command = [python.get(name, sys.executable), __file__, "--worker", name, "--shape", shape]
-    process = Process(
-        name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
-    )
-    process.hear()
-    return process
+    return Process(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment))
 
 
 def in_turns(names: list[str], shape: str, python: dict[str, str], turns: int) -> dict[str, list[dict[str, Any]]]:
     """Every way's answers, all ways alive at the same time."""
     processes = [started(name, shape, python) for name in names]
+    for process in processes:
+        process.hear()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(turns):
         for process in processes:
@@ -418,6 +416,7 @@ def in_turns(names: list[str], shape: str, python: dict[str, str], turns: int) -
 def peak_bytes(name: str, shape: str, python: dict[str, str]) -> int | None:
     """Of a way in a process of its own that gives large blocks back at once; None where it ran out of memory."""
     process = started(name, shape, python, MALLOC_MMAP_THRESHOLD_=str(2**18))
+    process.hear()
     answers = [process.step(turn) for turn in range(2)]
     process.end()
     return answers[-1].get("peak")
