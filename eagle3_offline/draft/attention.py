@@ -29,6 +29,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from torch.utils.checkpoint import checkpoint
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks
+GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
 BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**25}  # h x b x T of a block
 
 
@@ -60,24 +61,52 @@ def attend(
     if backend == "flex":
         return _merged(*_step_zero_flex(query, rows, keys, values, conversations), query, own_keys, own_values)
     pieces, first = [], 0
-    for start, stop, count in conversations:
+    for group in _neighbours(conversations, backend):
+        start, stop, count = group[0].start, group[-1].stop, sum(c.count for c in group)
         mine = slice(first, first + count)
         first += count
         one = query[mine], rows[mine] - start, keys[start:stop], values[start:stop]
         own = [x[mine] for x in own_keys], [x[mine] for x in own_values]
-        if backend == "blockwise" or (backend == "auto" and count * (stop - start) > AUTO_SCORES):
+        if _by_blocks(group[0], backend):
             pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
         else:
-            pieces.append(_reference(*one, *own))
+            pieces.append(_reference(*one, *own, _begins(group, rows.device) - start if len(group) > 1 else None))
     return torch.cat(pieces)
+
+
+def _by_blocks(conversation: Conversation, backend: str) -> bool:
+    scores = conversation.count * (conversation.stop - conversation.start)
+    return backend == "blockwise" or (backend == "auto" and scores > AUTO_SCORES)
+
+
+def _neighbours(conversations: list[Conversation], backend: str) -> list[list[Conversation]]:
+    """Short neighbours together: a masked product of a few hundred rows takes less than the calls that it saves."""
+    groups: list[list[Conversation]] = []
+    for conversation in conversations:
+        alone = _by_blocks(conversation, backend) or (groups and _by_blocks(groups[-1][-1], backend))
+        if groups and not alone and conversation.stop - groups[-1][0].start <= GROUP_ROWS:
+            groups[-1].append(conversation)
+        else:
+            groups.append([conversation])
+    return groups
+
+
+def _begins(conversations: list[Conversation], device: torch.device) -> Tensor:
+    """[n]: the first step-0 row of each query row's conversation."""
+    counts = torch.tensor([c.count for c in conversations], device=device)
+    return torch.tensor([c.start for c in conversations], device=device).repeat_interleave(counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One softmax over everything
 
 
-def _reference(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
-    grouped, scores = _step_zero_scores(query, rows, keys)
+def _reference(
+    query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor],
+    begins: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One conversation, or several of which each query row's begins at the key `begins` [n]."""
+    grouped, scores = _step_zero_scores(query, rows, keys, begins)
     if own_keys:
         scores = torch.cat((scores, _own_scores(grouped, own_keys)), dim=-1)  # [n, kv, g, T + k]
     weights = scores.softmax(-1, dtype=_wide(scores)).to(values.dtype)
@@ -87,12 +116,15 @@ def _reference(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_ke
     return out.flatten(1, 2)  # [n, h, d]
 
 
-def _step_zero_scores(query: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries [n, h, d] by key/value head [n, kv, g, d], and their scores [n, kv, g, T], -inf at the future."""
+def _step_zero_scores(query: Tensor, rows: Tensor, keys: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scaled queries [n, h, d] by key/value head [n, kv, g, d], and their scores [n, kv, g, T], -inf where they see no key."""
     grouped = query.unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("nkgd,tkd->nkgt", grouped, keys)
-    future = torch.arange(len(keys), device=rows.device) > rows[:, None]  # [n, T]
-    return grouped, scores.masked_fill(future[:, None, None, :], float("-inf"))
+    places = torch.arange(len(keys), device=rows.device)
+    hidden = places > rows[:, None]  # [n, T]: the future
+    if begins is not None:
+        hidden |= places < begins[:, None]  # other conversations
+    return grouped, scores.masked_fill(hidden[:, None, None, :], float("-inf"))
 
 
 def _own_scores(grouped: Tensor, own_keys: list[Tensor]) -> Tensor:
@@ -143,8 +175,7 @@ def _step_zero_block(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) 
 
 def _step_zero_flex(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, conversations: list[Conversation]) -> tuple[Tensor, Tensor]:
     """Output [n, h, d] and log-sum-exp [n, h] of all conversations in one call."""
-    counts = torch.tensor([c.count for c in conversations], device=rows.device)
-    begins = torch.tensor([c.start for c in conversations], device=rows.device).repeat_interleave(counts)  # [n]
+    begins = _begins(conversations, rows.device)
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key >= begins[row]) & (key <= rows[row])
