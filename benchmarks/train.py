@@ -188,8 +188,10 @@ class PlainDraft(nn.Module):
     def forward(self, aux: Tensor, ids: Tensor, last: Tensor, weights: Tensor) -> Tensor:
         """aux [B, T, A], ids [B, T], last [B, T, H]; weights [K, B, T] of each row in the mean of its step, 0 where it is dead."""
         head, layer, (b, t, _) = self.head, self.head.midlayer, aux.shape
+        attention = layer.self_attn
         ahead = lambda x, k: torch.roll(x, -k, 1)  # noqa: E731  what a row needs of token p + k; rolled-in rows have weight 0
         flat = lambda x: x.flatten(0, 1)  # noqa: E731
+        split = lambda x: x.unflatten(-1, (-1, attention.head_dim))  # noqa: E731
         z = last.float() @ self.target.lm_head.float().T  # [B, T, V]
         known = torch.isin(z.argmax(-1), self.target.target_ids)  # [B, T]
         teacher = z[..., self.target.target_ids].softmax(-1)  # [B, T, D]
@@ -198,10 +200,12 @@ class PlainDraft(nn.Module):
         keys, values, loss = [], [], 0.0
         for k in range(self.steps):
             positions = (torch.arange(t, device=aux.device) + k).repeat(b)
-            u = layer.mix(layer.input_layernorm(self.target.embed[flat(ahead(ids, 1 + k))].to(g.dtype)), g)
-            query = layer.query(u, positions).unflatten(0, (b, t))  # [B, T, h, d]
+            embedded = layer.input_layernorm(self.target.embed[flat(ahead(ids, 1 + k))].to(g.dtype))
+            u = torch.cat((embedded, layer.hidden_norm(g)), -1)
+            query = layer.rotary(split(attention.q_proj(u)), positions).unflatten(0, (b, t))  # [B, T, h, d]
             groups = query.shape[2] // head.settings.num_key_value_heads
-            key, value = (x.unflatten(0, (b, t)).repeat_interleave(groups, 2) for x in layer.key_value(u, positions))
+            key_value = layer.rotary(split(attention.k_proj(u)), positions), split(attention.v_proj(u))
+            key, value = (x.unflatten(0, (b, t)).repeat_interleave(groups, 2) for x in key_value)
             keys, values = [*keys, key], [*values, value]
             scores = torch.einsum("bphd,bjhd->bphj", query, keys[0]).masked_fill(~causal[:, None], -math.inf)
             own = [(query * own).sum(-1, keepdim=True) for own in keys[1:]]

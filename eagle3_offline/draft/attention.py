@@ -14,8 +14,9 @@ Backends:
     reference   scores [n, T + k] of a conversation, one softmax over all
     blockwise   the part of the step-0 keys in blocks of rows, made again in the backward pass: no [n, T] stays in memory
     flex        that part by torch's flex_attention, a fused kernel on a GPU; on a CPU it has no gradient and is slow
+    sdpa        that part by a fused kernel on a CPU, draft/sdpa.py
 
-The latter two return the step-0 part with the log-sum-exp of its scores, by which it is weighed against the own keys.
+All but the first have the step-0 part with the log-sum-exp of its scores, by which it is weighed against the own keys.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks
+from .sdpa import sdpa
+
+AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks on a GPU
 GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
 BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**25}  # h x b x T of a block
 
@@ -55,7 +58,10 @@ def attend(
 
     query [n, h, d] of the rows `rows` [n], indices into the step-0 rows, ascending within a conversation; keys, values [T, kv, d];
     own_keys, own_values: per later step 1..k the rows' own [n, kv, d]. No conversations: all rows are one.
+    auto: sdpa on a CPU; elsewhere the reference, or by blocks where a conversation is long.
     """
+    if backend == "auto" and query.device.type == "cpu":
+        backend = "sdpa"
     conversations = conversations or [Conversation(0, len(keys), len(query))]
     query = query * query.shape[-1] ** -0.5
     if backend == "flex":
@@ -67,10 +73,13 @@ def attend(
         first += count
         one = query[mine], rows[mine] - start, keys[start:stop], values[start:stop]
         own = [x[mine] for x in own_keys], [x[mine] for x in own_values]
-        if _by_blocks(group[0], backend):
+        begins = _begins(group, rows.device) - start if len(group) > 1 else None
+        if backend == "sdpa":
+            pieces.append(sdpa(one[0], _hidden(one[1], stop - start, begins), *one[2:], *own))
+        elif _by_blocks(group[0], backend):
             pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
         else:
-            pieces.append(_reference(*one, *own, _begins(group, rows.device) - start if len(group) > 1 else None))
+            pieces.append(_reference(*one, *own, begins))
     return torch.cat(pieces)
 
 
@@ -120,11 +129,14 @@ def _step_zero_scores(query: Tensor, rows: Tensor, keys: Tensor, begins: Tensor 
     """Scaled queries [n, h, d] by key/value head [n, kv, g, d], and their scores [n, kv, g, T], -inf where they see no key."""
     grouped = query.unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("nkgd,tkd->nkgt", grouped, keys)
-    places = torch.arange(len(keys), device=rows.device)
-    hidden = places > rows[:, None]  # [n, T]: the future
-    if begins is not None:
-        hidden |= places < begins[:, None]  # other conversations
-    return grouped, scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    return grouped, scores.masked_fill(_hidden(rows, len(keys), begins)[:, None, None, :], float("-inf"))
+
+
+def _hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
+    """[n, T] bool: the step-0 keys that a row does not see."""
+    places = torch.arange(length, device=rows.device)
+    future = places > rows[:, None]
+    return future if begins is None else future | (places < begins[:, None])  # other conversations
 
 
 def _own_scores(grouped: Tensor, own_keys: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from .batch import DraftBatch
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
-BLOCK_ELEMENTS = 2**23  # logits in fp32 that exist at a time
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits in fp32 that exist at a time
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class _BlockedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, terms: RowTerms) -> Tensor:  # noqa: ANN001
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
-        total, dx, dw = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x), None
-        rows = max(1, BLOCK_ELEMENTS // len(weight))
+        total, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=wide)  # small blocks' parts would be lost in a narrow sum
+        rows = max(1, BLOCK_ELEMENTS[x.device.type] // len(weight))
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
             with torch.enable_grad():
@@ -116,9 +117,11 @@ class _BlockedHead(torch.autograd.Function):
             total += loss.detach()
             gradient = gradient.to(x.dtype)
             dx[start : start + rows] = gradient @ weight
-            piece = gradient.T @ block
-            dw = piece if dw is None else dw + piece
-        ctx.save_for_backward(dx, torch.zeros_like(weight) if dw is None else dw)
+            if wide == x.dtype:
+                dw.addmm_(gradient.T, block)
+            else:
+                dw += gradient.T @ block
+        ctx.save_for_backward(dx, dw.to(weight.dtype))
         return total
 
     @staticmethod

@@ -53,6 +53,13 @@ class Rotary:
             self._cos, self._sin = cos[0].to(like.dtype), torch.cat((-low, high), dim=-1).to(like.dtype)
 
 
+class Projection(nn.Linear):
+    """A projection that is used in halves. Without an argument its call gives a copy of the weight, which ZeRO-3 gathers for calls only."""
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.weight.clone() if x is None else super().forward(x)
+
+
 class Attention(nn.Module):
     """The four projections; the attention itself is draft/attention.py."""
 
@@ -60,9 +67,9 @@ class Attention(nn.Module):
         super().__init__()
         width, head_dim = settings.hidden_size, settings.head_dim
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(2 * width, settings.num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * width, settings.num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * width, settings.num_key_value_heads * head_dim, bias=False)
+        self.q_proj = Projection(2 * width, settings.num_attention_heads * head_dim, bias=False)
+        self.k_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(settings.num_attention_heads * head_dim, width, bias=False)
 
 
@@ -78,7 +85,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The draft's one decoder layer, in the three pieces that training and serving share."""
+    """The draft's one decoder layer, in the pieces that training and serving share."""
 
     def __init__(self, settings: DraftSettings):
         super().__init__()
@@ -86,21 +93,28 @@ class Layer(nn.Module):
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
         self.self_attn = Attention(settings)
         self.mlp = MLP(settings)
-        self._rotary = Rotary(settings)
+        self.rotary = Rotary(settings)
+        self._kv_heads = settings.num_key_value_heads
 
-    def mix(self, normed: Tensor, g: Tensor) -> Tensor:
-        """[n, 2H]: embeddings that input_layernorm has normed FIRST, then the normed feature or recurrent state."""
-        return torch.cat((normed, self.hidden_norm(g)), dim=-1)
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """q_proj, k_proj and v_proj as one, [(h + 2 kv) d, H]: of the embedding, which is the FIRST half of what they read, and of g.
 
-    def query(self, u: Tensor, positions: Tensor) -> Tensor:
-        """Rotated queries [n, h, d] of mixed rows u [n, 2H]."""
-        return self._rotary(self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), positions)
-
-    def key_value(self, u: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [n, kv, d] of mixed rows u [n, 2H]."""
+        The embedding of a token is read at several steps, but projected once.
+        """
         attention = self.self_attn
-        key = self._rotary(attention.k_proj(u).unflatten(-1, (-1, attention.head_dim)), positions)
-        return key, attention.v_proj(u).unflatten(-1, (-1, attention.head_dim))
+        return torch.cat([projection() for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]).chunk(2, dim=1)
+
+    def project(self, embedded: Tensor, of_embedding: Tensor) -> Tensor:
+        """The embeddings' [n, H] share in queries, keys and values: [n, (h + 2 kv) d]."""
+        return F.linear(self.input_layernorm(embedded), of_embedding)
+
+    def query_key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [n, h, d] and keys, and values [n, kv, d], of rows with the embeddings' share `projected` and the feature or
+        recurrent state g [n, H]."""
+        heads = torch.addmm(projected, self.hidden_norm(g), of_state.T).unflatten(-1, (-1, self.self_attn.head_dim))
+        kv = self._kv_heads
+        rotated = self.rotary(heads[:, :-kv], positions)
+        return rotated[:, :-kv], rotated[:, -kv:], heads[:, -kv:]
 
     def finish(self, g: Tensor, attended: Tensor) -> Tensor:
         """The next recurrent state [n, H] (pre-norm); the residual is the un-normed g. attended [n, h, d]."""

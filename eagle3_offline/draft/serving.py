@@ -16,6 +16,8 @@ class ChainDrafter:
         """embed [V, H] is the target's table; target_ids [D] maps draft ids to the target's. All on one device."""
         self.head, self.embed, self.target_ids = head, embed, target_ids
         settings = head.settings
+        with torch.no_grad():
+            self._of_embedding, self._of_state = head.midlayer.halves()
         empty = torch.zeros(0, settings.num_key_value_heads, settings.head_dim, dtype=head.fc.weight.dtype, device=embed.device)
         self.keys, self.values = empty, empty
         self._newest: tuple[Tensor, Tensor] | None = None  # [1, H] what lm_head reads of the newest row, and its recurrent state
@@ -23,14 +25,12 @@ class ChainDrafter:
     @torch.no_grad()
     def extend(self, aux: Tensor, tokens: Tensor) -> None:
         """Take in true features: row p pairs aux[p] [m, A] of verified tokens with the tokens [m] that follow them."""
-        layer = self.head.midlayer
         positions = torch.arange(len(self.keys), len(self.keys) + len(aux), device=aux.device)
         g = self.head.features(aux.to(self.head.fc.weight.dtype))
-        u = layer.mix(layer.input_layernorm(self.head.embedded(tokens, self.embed)), g)
-        key, value = layer.key_value(u, positions)
+        query, key, value = self._query_key_value(tokens, g, positions)
         self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
-        attended = attend(layer.query(u[-1:], positions[-1:]), positions[-1:], self.keys, self.values, [], [])
-        self._newest = self.head.outputs(layer.finish(g[-1:], attended))
+        attended = attend(query[-1:], positions[-1:], self.keys, self.values, [], [])
+        self._newest = self.head.outputs(self.head.midlayer.finish(g[-1:], attended))
 
     @torch.no_grad()
     def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
@@ -41,13 +41,18 @@ class ChainDrafter:
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
                 token, position = torch.tensor([token], device=g.device), torch.tensor([row + step], device=g.device)
-                u = layer.mix(layer.input_layernorm(self.head.embedded(token, self.embed)), g)
-                key, value = layer.key_value(u, position)
+                query, key, value = self._query_key_value(token, g, position)
                 own_keys, own_values = [*own_keys, key], [*own_values, value]
-                attended = attend(layer.query(u, position), position - step, self.keys, self.values, own_keys, own_values)
+                attended = attend(query, position - step, self.keys, self.values, own_keys, own_values)
                 state, g = self.head.outputs(layer.finish(g, attended))
             logits.append(self.head.lm_head(state)[0])
         return logits
+
+    def _query_key_value(self, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows that read the tokens [m] beside g [m, H]."""
+        layer = self.head.midlayer
+        projected = layer.project(self.head.embedded(tokens, self.embed), self._of_embedding)
+        return layer.query_key_value(projected, g, self._of_state, positions)
 
     def draft(self, length: int) -> list[int]:
         """The next `length` tokens that the draft proposes, as target ids."""

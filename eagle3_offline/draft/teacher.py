@@ -6,7 +6,7 @@ Legend: n rows, V target and D draft vocabulary, k logits kept of a compact teac
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -18,7 +18,7 @@ from ..logits import HeadTransform
 from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
 
-BLOCK = 16384  # rows of W per block: [n, V] in fp32 never exists
+BLOCK = 4096  # rows of W per block: neither [n, V] nor W in fp32 ever exists
 CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
 BFLOAT16_ERROR = 2**-8  # relative, of a rounded bfloat16 result: twice its bound
 OUTSIDE = -1e30  # logit of a kept token that the draft cannot propose: no mass, yet finite
@@ -85,21 +85,19 @@ class FullTeacher:
     def __init__(self, lm_head: Tensor, target_ids: Tensor, transform: HeadTransform | None = None):
         """lm_head [V, H]; target_ids [D] int64; transform: what the target does to W h, None: nothing."""
         self.target_ids, self.transform = target_ids, (transform or HeadTransform()).to(lm_head.device)
-        self.weight = lm_head.float()
-        self.sliced = self.weight[target_ids]
+        self.weight = lm_head
+        self.sliced = lm_head[target_ids].float()
         self.known = torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device)
         self.known[target_ids] = True
-        quick = _quick(lm_head) and self.transform.bias is None
-        self.outside = lm_head[~self.known] if quick else None  # [V - D, H] bfloat16
+        self.quick = _quick(lm_head) and self.transform.bias is None
         self._known_of: OrderedDict[str, Tensor] = OrderedDict()
         self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
         products = batch.last.float() @ self.sliced.T  # [n, D]
-        pieces = list(zip(batch.ids, *(x.split(batch.teacher_counts) for x in (batch.last, products)), strict=True))
-        known = [_kept(self._known_of, name, lambda last=last, z=z: self.argmax_known(last, z)) for name, last, z in pieces]
-        total = [_kept(self._normaliser_of, name, lambda last=last: self.log_normaliser(last)) for name, last, _ in pieces] if whole else []
-        return TeacherRows(self.transform(products, self.target_ids), None, torch.cat(known), torch.cat(total) if whole else None)
+        known = _kept(self._known_of, batch, lambda: self.argmax_known(batch.last, products))
+        total = _kept(self._normaliser_of, batch, lambda: self.log_normaliser(batch.last)) if whole else None
+        return TeacherRows(self.transform(products, self.target_ids), None, known, total)
 
     def argmax_known(self, last: Tensor, products: Tensor) -> Tensor:
         """[n] bool: whether the whole vocabulary's argmax is a draft token. products [n, D]: W h of the draft's tokens.
@@ -107,10 +105,11 @@ class FullTeacher:
         Without a bias they rank as the logits do. The other tokens' are made in bfloat16, a third of the time: products of bfloat16 states
         are exact, so that only the result is rounded; rows whose two maxima are too near for that are done again in fp32.
         """
-        if self.outside is None or last.dtype != torch.bfloat16 or not len(self.outside):
+        if not self.quick or last.dtype != torch.bfloat16:
             return self.known[argmax(last, self.weight, self.transform)]
         inside = products.max(-1).values
-        outside = torch.stack([z.max(-1).values for _, z in _blocks(last, self.outside)]).max(0).values.float()
+        others = (z.masked_fill(self.known[tokens], -torch.inf) for tokens, z in _blocks(last, self.weight, torch.bfloat16))
+        outside = torch.stack([z.max(-1).values for z in others]).max(0).values.float()
         known = inside > outside
         near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
         known[near] = self.known[argmax(last[near], self.weight)]
@@ -119,8 +118,8 @@ class FullTeacher:
     def log_normaliser(self, last: Tensor) -> Tensor:
         """Log-sum-exp [n] over the whole vocabulary: exp(z - it) is the target's true mass on a token."""
         total = torch.full((len(last),), float("-inf"), device=last.device)
-        for start, z in _blocks(last, self.weight):
-            total = torch.logaddexp(total, self.transform(z, slice(start, start + z.shape[-1])).logsumexp(-1))
+        for tokens, z in _blocks(last, self.weight):
+            total = torch.logaddexp(total, self.transform(z, tokens).logsumexp(-1))
         return total
 
 
@@ -129,13 +128,14 @@ def _quick(lm_head: Tensor) -> bool:
     return lm_head.dtype == torch.bfloat16 and (lm_head.is_cuda or cpu_multiplies_bfloat16())
 
 
-def _kept(cache: OrderedDict[str, Tensor], name: str, make) -> Tensor:  # noqa: ANN001
-    """The cached value of a conversation, made where it is missing."""
-    if name not in cache:
-        cache[name] = make()
-        if len(cache) > CACHED_CONVERSATIONS:
-            cache.popitem(last=False)
-    return cache[name]
+def _kept(cache: OrderedDict[str, Tensor], batch: DraftBatch, make: Callable[[], Tensor]) -> Tensor:
+    """[n] the cached values of a batch's conversations, all made anew where one is missing."""
+    if not all(name in cache for name in batch.ids):
+        cache.update(zip(batch.ids, make().split(batch.teacher_counts), strict=True))
+    values = torch.cat([cache[name] for name in batch.ids])
+    while len(cache) > CACHED_CONVERSATIONS:
+        cache.popitem(last=False)
+    return values
 
 
 def argmax(last: Tensor, weight: Tensor, transform: HeadTransform | None = None) -> Tensor:
@@ -143,15 +143,16 @@ def argmax(last: Tensor, weight: Tensor, transform: HeadTransform | None = None)
     transform = transform or HeadTransform()
     best = torch.full((len(last),), float("-inf"), device=last.device)
     winner = torch.zeros(len(last), dtype=torch.int64, device=last.device)
-    for start, z in _blocks(last, weight):
-        value, index = transform.ranked(z, slice(start, start + z.shape[-1])).max(-1)
+    for tokens, z in _blocks(last, weight):
+        value, index = transform.ranked(z, tokens).max(-1)
         better = value > best
-        best, winner = torch.where(better, value, best), torch.where(better, index + start, winner)
+        best, winner = torch.where(better, value, best), torch.where(better, index + tokens.start, winner)
     return winner
 
 
-def _blocks(last: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first token, logits [n, block] in the weight's dtype) over the vocabulary."""
-    last = last.to(weight.dtype)
+def _blocks(last: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, products [n, block] made in `dtype`) over the vocabulary."""
+    last = last.to(dtype)
     for start in range(0, len(weight), BLOCK):
-        yield start, last @ weight[start : start + BLOCK].T
+        tokens = slice(start, min(start + BLOCK, len(weight)))
+        yield tokens, last @ weight[tokens].to(dtype).T

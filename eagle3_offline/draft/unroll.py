@@ -1,7 +1,7 @@
 """Test-time training: the draft unrolled over its own states, as a server will run it (arXiv 2503.01840, section 3).
 
     g      = fc(aux)                                  once
-    u      = mix(embedding of x[p+1+k], g)
+    u      = embedding of x[p+1+k], g                 each normed
     g'     = finish(g, attention(u))                  logits = lm_head(norm(g')); g' (EAGLE-3.1: norm(g')) is the next step's g
 
 A row that is dead at every step needs only its step-0 key and value: queries, MLP and logits run on live rows alone,
@@ -29,15 +29,16 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     layer = head.midlayer
     dtype = head.fc.weight.dtype
     g = head.features(batch.scaled.to(dtype))  # [N, H]
-    embedded = head.embedded(batch.tokens, embed).to(dtype)
-    normed = layer.input_layernorm(embedded)  # [N, H]; what a row reads at step k is what row p + k reads at step 0
-    keys, values = layer.key_value(layer.mix(normed, g), batch.positions)  # [N, kv, d], what every step attends to
+    of_embedding, of_state = layer.halves()
+    projected = layer.project(head.embedded(batch.tokens, embed).to(dtype), of_embedding)  # row p reads p + k's at step k
+    query, keys, values = layer.query_key_value(projected, g, of_state, batch.positions)  # every step attends to these keys
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     states = []
     for k in range(steps):
         kept = batch.steps[k].kept
-        inputs = g[kept], normed, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
+        query = None if k else query[kept]
+        inputs = g[kept], query, projected, of_state, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
         if head.checkpoint_activations and torch.is_grad_enabled():
             state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
         else:
@@ -47,20 +48,19 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
 
 
 def _step(
-    head: DraftHead, batch: DraftBatch, k: int, g: Tensor, normed: Tensor, keys: Tensor, values: Tensor,
-    own_keys: list[Tensor], own_values: list[Tensor],
+    head: DraftHead, batch: DraftBatch, k: int, g: Tensor, query: Tensor | None, projected: Tensor, of_state: Tensor,
+    keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """One step of the rows that are alive: what lm_head reads, the next g, and the rows' own keys and values, this step's included.
 
-    g [n_k, H]; normed [N, H]; keys, values [N, kv, d]; own_keys, own_values: per step 1..k-1 [n_k, kv, d].
+    g [n_k, H]; query [n_k, h, d] at step 0; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values: per step
+    1..k-1 [n_k, kv, d].
     """
     layer, step = head.midlayer, batch.steps[k]
-    u = layer.mix(normed[step.rows + k], g)  # [n_k, 2H]
     if k:
-        key, value = layer.key_value(u, step.positions)
+        query, key, value = layer.query_key_value(projected[step.rows + k], g, of_state, step.positions)
         own_keys, own_values = [*own_keys, key], [*own_values, value]
     conversations = [Conversation(*segment, count) for segment, count in zip(batch.segments, step.counts, strict=True)]
-    query = layer.query(u, step.positions)
     attended = attend(query, step.rows, keys, values, own_keys, own_values, conversations, head.attention)
     state, g = head.outputs(layer.finish(g, attended))
     return state, g, own_keys, own_values

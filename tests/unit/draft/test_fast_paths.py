@@ -53,13 +53,30 @@ def test_blockwise_attention_equals_the_reference(head, samples, embed, monkeypa
     assert_equal(found["blockwise"], found["reference"])
 
 
-def test_auto_goes_by_blocks_where_a_conversation_is_long(head, samples, embed, monkeypatch):
-    """Of queries x rows: 5 x 11 and 9 x 11 are long, 4 x 9 is not; their lengths are those of step 0."""
-    blocks, plain = [], attention._step_zero_block
-    monkeypatch.setattr(attention, "_step_zero_block", lambda query, *more: blocks.append(len(query)) or plain(query, *more))
-    monkeypatch.setattr(attention, "AUTO_SCORES", 4 * 11)
+def test_sdpa_equals_the_reference(head, samples, embed, monkeypatch):
+    """Neighbours in one call and each alone."""
+    found = {}
+    for rows in (512, 1):
+        monkeypatch.setattr(attention, "GROUP_ROWS", rows)
+        for head.attention in ("reference", "sdpa"):
+            found[head.attention] = gradients(head, samples, embed)
+        assert_equal(found["sdpa"], found["reference"])
+
+
+def test_auto_is_sdpa_on_a_cpu(head, samples, embed, monkeypatch):
+    calls, plain = [], attention.sdpa
+    monkeypatch.setattr(attention, "sdpa", lambda query, *more: calls.append(len(query)) or plain(query, *more))
+    assert head.attention == "auto"
     unroll(head, collate(samples, K), embed, 1)
-    assert blocks == [5, 9]
+    assert calls == [5 + 4 + 0 + 9]
+
+
+def test_auto_goes_by_blocks_elsewhere_where_a_conversation_is_long(monkeypatch):
+    """Of queries x rows: 5 x 11 and 9 x 11 are long, 4 x 9 is not."""
+    monkeypatch.setattr(attention, "AUTO_SCORES", 4 * 11)
+    long, short, longer = (attention.Conversation(*c) for c in ((0, 11, 5), (11, 20, 4), (20, 31, 9)))
+    assert [attention._by_blocks(c, "auto") for c in (long, short, longer)] == [True, False, True]
+    assert attention._neighbours([short, long, longer, short, short], "auto") == [[short], [long], [longer], [short, short]]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -72,7 +89,7 @@ def test_flex_attention_equals_the_reference(head, samples, embed):
     assert_equal(found["flex"], found["reference"])
 
 
-@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "sdpa"])
 def test_checkpointed_activations_change_nothing(head, samples, embed, backend):
     head.attention, found = backend, {}
     for head.checkpoint_activations in (False, True):
@@ -89,7 +106,7 @@ def test_the_quick_argmax_equals_the_plain_one(monkeypatch, spread):
     last = (1 + torch.randn(400, 32)).bfloat16()
     target_ids = torch.arange(0, 500, 2)
     teacher = FullTeacher(weight, target_ids)
-    assert teacher.outside is not None
+    assert teacher.quick
     expected = torch.isin(argmax(last, weight.float()), target_ids)
     found = teacher.argmax_known(last, last.float() @ weight.float()[target_ids].T)
     assert torch.equal(found, expected) and expected.any() and not expected.all()

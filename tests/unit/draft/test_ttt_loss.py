@@ -153,7 +153,7 @@ def module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss):
 @pytest.mark.parametrize("normalisation", ["sequence", "token"])
 @pytest.mark.parametrize("loss", ["soft cross-entropy", "lk-alpha", "lk-lambda"])
 def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, loss, normalisation, block_rows, monkeypatch):
-    monkeypatch.setattr(draft_loss, "BLOCK_ELEMENTS", block_rows * len(target_ids))
+    monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", block_rows * len(target_ids))
     samples = [sample, make_sample("second", 10, ((4, 9),), seed=8), make_sample("no live row", 5, ((3, 4),), seed=9)]
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
     plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation, loss)
