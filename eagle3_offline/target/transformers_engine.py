@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..machine import cpu_multiplies_bfloat16
 from ..records import UserError
 from .engine import Asked, Completion, Reduced, Request, Sampling, States
 from .reduction import Reducer, to_storage
@@ -32,10 +33,15 @@ class TransformersEngine:
     longest_row = None
 
     def __init__(self, folder: Path, layers: tuple[int, ...], dtype: str, trust_remote_code: bool = False, reducer: Reducer | None = None):
-        """folder: a Hugging Face folder; dtype: a key of records.STORAGE_DTYPE; reducer: for `reduced_batches`."""
+        """folder: a Hugging Face folder; dtype: of the states, a key of records.STORAGE_DTYPE; reducer: for `reduced_batches`.
+
+        The target runs in this dtype, but in fp32 on a processor that would emulate bfloat16, which takes six times as long there.
+        """
         transformers.utils.logging.disable_progress_bar()  # the stages show their own
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        emulated = dtype == "bfloat16" and self.device.type == "cpu" and not cpu_multiplies_bfloat16()
+        computed = torch.float32 if emulated else getattr(torch, dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=computed, trust_remote_code=trust_remote_code)
         if model.config._attn_implementation == "sdpa":
             use_grouped_attention(model)
         self.model = model.eval().to(self.device)
@@ -111,7 +117,9 @@ class TransformersEngine:
         with boundary_inputs(decoder_layers(self.model), self.layers) as captured:
             out = base(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False)
         for n, length in enumerate(lengths.tolist()):
-            yield [captured[b][n, :length] for b in self.layers], out.last_hidden_state[n, :length]
+            kept = [*(captured[b][n, :length] for b in self.layers), out.last_hidden_state[n, :length]]
+            *aux, last = (state.to(getattr(torch, self.dtype)) for state in kept)
+            yield aux, last
 
 
 def use_grouped_attention(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from eagle3_offline.records import UserError
+from eagle3_offline.target import transformers_engine
 from eagle3_offline.target.engine import Request, Sampling, capture_layers
 from eagle3_offline.target.folder import head_tensors
 from eagle3_offline.target.transformers_engine import TransformersEngine, truncate
@@ -76,6 +77,20 @@ def test_families(family, random_target, tmp_path):
         logits = 30 * torch.tanh(logits / 30)  # its soft-capping
     assert torch.allclose(logits, out.logits[0], atol=1e-2)
     assert torch.equal(tensors["embed_tokens.weight"], engine.model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_states_where_the_processor_would_emulate_it(native, engine, random_target, monkeypatch):
+    """There the target runs in fp32, and its states are rounded."""
+    monkeypatch.setattr(transformers_engine, "cpu_multiplies_bfloat16", lambda: native)
+    found = TransformersEngine(random_target, LAYERS, "bfloat16")
+    assert found.model.dtype == (torch.bfloat16 if native else torch.float32)
+    (row,) = rows(1)
+    (wide,), (states,) = engine.prefill([row]), found.prefill([row])
+    for state, expected in [*((states.aux[b], wide.aux[b]) for b in LAYERS), (states.last, wide.last)]:
+        assert state.dtype == np.uint16
+        equal = torch.equal(torch.from_numpy(state).view(torch.bfloat16), torch.from_numpy(expected).bfloat16())
+        assert equal == (not native)
 
 
 def test_batched_greedy_answers_equal_those_alone(engine):
