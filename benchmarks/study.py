@@ -51,7 +51,8 @@ class Variant:
 
 
 BASELINE = Variant("baseline")
-SIZES = ((0.25, 16), (0.125, 8), (0.0625, 4), (0.5, 32), (1, 64))  # of compact dumps: rank as a share of H, logits kept
+# Of compact dumps: rank as a share of H, logits kept.
+SIZES = ((0.5, 32), (0.75, 16), (0.25, 16), (0.25, 64), (1, 16), (1, 64), (0.125, 8), (0.0625, 4))
 COMPACT = [Variant(f"compact-r{share:g}-top{top}", compact=(share, top)) for share, top in SIZES]
 TABLES = {  # in the order in which they are made; the demo's recipe has K = 4
     "price": [BASELINE, Variant("unscaled", ("aux_scaling=false",)), *COMPACT],
@@ -61,6 +62,8 @@ TABLES = {  # in the order in which they are made; the demo's recipe has K = 4
         Variant("normalisation-token", ("normalisation=token",)),
         Variant("head-random", ("head_init=random",)),
         Variant("fc-ridge", ("fc_init=ridge",)),
+        Variant("layer-target", ("layer_init=target",)),
+        Variant("ridge-and-layer", ("fc_init=ridge", "layer_init=target")),
         Variant("loss-lk-lambda", ("loss=lk-lambda",)),
         Variant("loss-lk-alpha", ("loss=lk-alpha",)),
         Variant("k1", ("ttt_length=1",)),

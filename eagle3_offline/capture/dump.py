@@ -21,7 +21,7 @@ from ..store.places import is_remote
 from ..store.target_files import BASIS, BIAS, carried, has_target, read_basis, read_index, read_target, write_target
 from ..store.writer import PartWriter
 from ..target.engine import Engine, States
-from ..target.folder import carried_files, head_tensors, text_config
+from ..target.folder import carried_files, carried_tensors, head_tensors, text_config
 from ..target.reduction import Reducer, from_storage, to_storage
 from .compact import TOKENS_PER_CHANNEL, Moments, asked, captured, make_reducer
 from .target import OpenTarget
@@ -121,7 +121,7 @@ def _dump_units(
 def _write_target(run: Run, target: OpenTarget, basis: dict | None = None) -> None:
     if basis is None and has_target(run.dump):
         return  # opened targets are proven to be the run's own
-    tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, target.dtype).items()}
+    tensors = {name: to_storage(tensor) for name, tensor in carried_tensors(target.folder, target.dtype).items()}
     write_target(run.dump, tensors, dict.fromkeys(tensors, target.dtype), carried_files(target.folder), basis)
 
 

@@ -33,7 +33,7 @@ from ..store.format import DumpSpec, last_positions
 from ..store.seal import PlannedUnit, seal, sealed
 from ..store.target_files import write_target
 from ..store.writer import PartWriter
-from ..target.folder import carried_files, head_tensors, text_config
+from ..target.folder import carried_files, carried_tensors, head_tensors, text_config
 from ..target.reduction import to_storage
 from .target import OpenTarget
 
@@ -74,7 +74,7 @@ def import_samples(
     layout, files = _find(folder, trust_ckpt)
     loader = _Loader(layout, folder, target, masks)
     spec = _spec(target, recipe, _first_dtype(files, loader), layout)
-    tensors = {name: to_storage(tensor) for name, tensor in head_tensors(target.folder, spec.dtype).items()}
+    tensors = {name: to_storage(tensor) for name, tensor in carried_tensors(target.folder, spec.dtype).items()}
     write_target(run.dump, tensors, dict.fromkeys(tensors, spec.dtype), carried_files(target.folder))
     units = _units(folder, files, recipe)
     with StageProgress(STAGE, len(files)) as progress:

@@ -9,6 +9,8 @@ optimiser or the checkpoints, and the rotary tables stay in fp32 whatever dtype 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,8 +178,12 @@ def new_head(
     norm: Tensor | None = None,
     fc_norm: Tensor | None = None,
     embed: Tensor | None = None,
+    layer: Mapping[str, Tensor] | None = None,
 ) -> DraftHead:
-    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H], fc_norm [A] and embed [V, H] where given."""
+    """A head with seeded random weights (normal, 0.02) but lm_head [D, H], norm [H], fc_norm [A] and embed [V, H] where given.
+
+    layer: a decoder layer of the target by names, to start from.
+    """
     head = DraftHead(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -193,4 +199,15 @@ def new_head(
         if fc_norm is not None:
             for module, weight in zip(head.fc_norm, fc_norm.split(settings.target_width), strict=True):
                 module.weight.copy_(weight)
+        if layer is not None:
+            _start_layer(head.midlayer, layer)
     return head
+
+
+def _start_layer(midlayer: Layer, given: Mapping[str, Tensor]) -> None:
+    """The target's weights W; of the two halves that q, k and v read the embedding's gets 0.5 W and the state's W, each normed alike."""
+    for name, weight in given.items():
+        parameter = midlayer.get_parameter(name)
+        halved = parameter.shape[-1] == 2 * weight.shape[-1]
+        parameter.copy_(torch.cat((0.5 * weight, weight), dim=-1) if halved else weight)
+    midlayer.hidden_norm.weight.copy_(given["input_layernorm.weight"])

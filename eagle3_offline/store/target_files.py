@@ -17,6 +17,7 @@ from .places import ObjectPlace, Place, place
 
 TENSORS, BASIS, INDEX = "target.safetensors", "basis.safetensors", "index.json"
 BIAS = "lm_head.bias"  # [V], where the target has one
+LAST_LAYER = "last_layer."  # the target's last decoder layer, where it is a plain one: what begins so
 REQUIRED = ("embed_tokens.weight", "norm.weight", "lm_head.weight")  # [V, H], [H], [V, H]
 
 

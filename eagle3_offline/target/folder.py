@@ -19,6 +19,10 @@ CARRIED = (  # small files that travel with the dump
     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
 )  # fmt: skip
 HEAD_TENSORS = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
+LAYER_TENSORS = (  # of a plain decoder layer, and of a draft's
+    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight",
+)  # fmt: skip
 NORMS_FROM_ZERO = (  # model types whose norms multiply by 1 + weight
     "gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
     "vaultgemma",
@@ -99,6 +103,21 @@ def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
     return {name: tensor.to(getattr(torch, dtype)) for name, tensor in found.items()}
 
 
+def carried_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
+    """What a dump carries of the target: `head_tensors`, and the last decoder layer as last_layer.* where it is a plain one.
+
+    A draft may start from it. With biases, norms of queries and keys, experts or another activation it is left out.
+    """
+    config, found = text_config(folder), head_tensors(folder, dtype)
+    prefix = f"layers.{config['num_hidden_layers'] - 1}."
+    layer = {name.removeprefix(prefix): tensor for name, tensor in _read_tensors(folder, prefix).items()}
+    if set(layer) != set(LAYER_TENSORS) or config.get("hidden_act", "silu") != "silu":
+        return found
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        layer[name] = _effective(layer[name], folder)
+    return found | {f"last_layer.{name}": tensor.to(getattr(torch, dtype)) for name, tensor in layer.items()}
+
+
 def final_norm(folder: Path) -> Tensor:
     """[H] fp32: norm.weight alone, as `head_tensors` has it."""
     found = _read_tensors(folder, ("norm.weight",))
@@ -111,13 +130,14 @@ def _effective(norm: Tensor, folder: Path) -> Tensor:
     return norm.float() + (1 if text_config(folder).get("model_type") in NORMS_FROM_ZERO else 0)
 
 
-def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Those of these tensors that the language model has."""
+def _read_tensors(folder: Path, names: tuple[str, ...] | str) -> dict[str, Tensor]:
+    """Those of these tensors that the language model has; for a text all whose names begin with it."""
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                if (plain := _without_prefixes(name)) in names:
+                plain = _without_prefixes(name)
+                if plain.startswith(names) if isinstance(names, str) else plain in names:
                     found[plain] = handle.get_tensor(name)
     return found
 

@@ -23,7 +23,7 @@ from ..draft.vocabulary import DraftVocabulary, draft_vocabulary
 from ..logits import HeadTransform, head_transform
 from ..records import Sample, UserError
 from ..store.reader import Dump
-from ..store.target_files import BIAS
+from ..store.target_files import BIAS, LAST_LAYER
 from .order import rank_batches, rank_packs, step_rows
 
 READ_AHEAD = 4  # steps that are decoded before they are needed
@@ -85,6 +85,8 @@ class Source:
             start["fc_norm"] = self.fc_norm
         if self.settings.owns_embedding:
             start["embed"] = principal_embedding(self.embed.float().cpu(), self.settings.hidden_size)
+        if config.layer_init == "target":
+            start["layer"] = _last_layer(self.dump, self.settings)
         return new_head(self.settings, config.seed, **start)
 
 
@@ -134,6 +136,22 @@ def open_source(path: Path | str, config: TrainConfig) -> Source:
         eval_rows=eval_rows,
         published=published,
     )
+
+
+def _last_layer(dump: Dump, settings: DraftSettings) -> dict[str, Tensor]:
+    """The target's last decoder layer by a draft's names, fp32."""
+    found = {name: tensor for name, tensor in dump.target_tensors().items() if name.startswith(LAST_LAYER)}
+    if not found or settings.owns_embedding:
+        raise UserError(
+            "train.layer_init is target, but "
+            + (
+                f"train.hidden_size is {settings.hidden_size}: the target's layer does not fit a narrower draft"
+                if found
+                else f"{dump.where} holds no last layer of it, for only a plain one is dumped: no biases, norms of queries, experts"
+            )
+            + ". Set it to random"
+        )
+    return {name.removeprefix(LAST_LAYER): to_torch(tensor).float() for name, tensor in found.items()}
 
 
 def published_draft(config: TrainConfig, dump: Dump) -> Published:
