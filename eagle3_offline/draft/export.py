@@ -18,7 +18,7 @@ from ..config import ExportConfig
 from ..records import Summary, UserError
 from ..runs import atomic_folder
 from .card import model_card
-from .layout import export_config, settings_of, spelled, unspelled
+from .layout import export_config, refuse_unservable, settings_of, spelled, unspelled
 from .model import DraftHead
 from .trained import TrainedDraft, load_trained, target_files
 
@@ -29,6 +29,7 @@ def export(draft_folder: Path, config: ExportConfig) -> Summary:
     """Export a trained draft to draft_folder/export, whole or not at all, and load it back. Needs no dump."""
     trained, carried = load_trained(draft_folder), target_files(draft_folder)
     target_config = json.loads(carried["config.json"])
+    refuse_unservable(trained.head.settings.layers, config.to, target_config)
     special_ids = {key: target_config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     about = {
         "channel_scale": "folded into fc" if trained.aux_scale is not None else "none",

@@ -62,6 +62,18 @@ def _layer_ids(layers: tuple[int, ...], to: str) -> dict[str, Any]:
     return {"sglang": nested, "vllm": boundaries, "hf": {**nested, **boundaries}}[to]
 
 
+def refuse_unservable(layers: tuple[int, ...], to: str, target_config: dict[str, Any]) -> None:
+    """Refuse boundaries that the engine would not capture, before a draft is trained on them: SGLang (0.5.21) takes what enters a layer
+    and has a residual by then; of gpt-oss also what leaves the last one."""
+    config = target_config.get("text_config", target_config)
+    last = config["num_hidden_layers"] - (config.get("model_type") != "gpt_oss")
+    if to == "sglang" and (unknown := [b for b in layers if not 1 <= b <= last]):
+        raise UserError(
+            f"export.to is sglang, which captures the boundaries 1 to {last} of this target; the draft reads {unknown} too: "
+            f"choose other train.layers, or set export.to to vllm or hf where your engine serves them"
+        )
+
+
 def layers_of(config: dict[str, Any]) -> tuple[int, ...]:
     """The captured boundaries that a config.json names, in whichever spelling. Raises UserError where two disagree."""
     found = []

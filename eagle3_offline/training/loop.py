@@ -11,6 +11,7 @@ import torch
 
 from ..config import Recipe
 from ..draft.held_out import measure
+from ..draft.layout import refuse_unservable
 from ..draft.model import DraftHead
 from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, is_trained, save_trained
@@ -50,6 +51,7 @@ def train(run: Run, recipe: Recipe, stop: StopSignal) -> Summary:
     folder = run.draft(config.draft)
     require_packages(recipe)
     source = open_source(run.dump, config)
+    refuse_unservable(source.settings.layers, recipe.export.to, source.dump.target_json("config.json"))
     run.claim(f"train.{config.draft}", settings(recipe, source))
     if is_trained(folder):
         return read_json(folder / "draft.json")["summary"]
