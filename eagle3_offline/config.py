@@ -177,9 +177,7 @@ class TrainConfig:
     hidden_size: int = opt(0, "width of the draft; 0: the target's; a narrower one trains its own embedding, and needs head_init: random")
     start_from: str | None = opt(None, "folder of a published draft to start from, whose vocabulary is kept; none: a new draft")
     head_init: Literal["target", "random"] = opt("target", "lm_head and final norm start as the target's rows, or random")
-    layer_init: Literal["target", "random"] = opt(
-        "random", "the decoder layer starts random, or as the target's last one, where that is plain"
-    )
+    layer_init: Literal["target", "random"] = opt("random", "the layer starts random, or as the last one of a target of Llama's shape")
     fc_init: Literal["random", "ridge"] = opt("random", "fc starts random, or as the best linear guess of the next token's last state")
     aux_scaling: bool = opt(True, "divide each captured channel by its rms in training; folded back into fc at export (see fc_norm)")
     fc_norm: bool = opt(False, "EAGLE-3.1: norm each captured layer before fc; aux_scaling then is where the norms' weights start")

@@ -113,10 +113,24 @@ class Layer(nn.Module):
     def query_key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [n, h, d] and keys, and values [n, kv, d], of rows with the embeddings' share `projected` and the feature or
         recurrent state g [n, H]."""
-        heads = torch.addmm(projected, self.hidden_norm(g), of_state.T).unflatten(-1, (-1, self.self_attn.head_dim))
-        kv = self._kv_heads
+        heads, kv = self._heads(projected, g, of_state), self._kv_heads
         rotated = self.rotary(heads[:, :-kv], positions)
         return rotated[:, :-kv], rotated[:, -kv:], heads[:, -kv:]
+
+    def query(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> Tensor:
+        """The first of these alone."""
+        queries = slice(-2 * self._kv_heads * self.self_attn.head_dim)
+        return self.rotary(self._heads(projected[:, queries], g, of_state[queries]), positions)
+
+    def key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The other two alone."""
+        others = slice(-2 * self._kv_heads * self.self_attn.head_dim, None)
+        keys, values = self._heads(projected[:, others], g, of_state[others]).chunk(2, dim=1)
+        return self.rotary(keys, positions), values
+
+    def _heads(self, projected: Tensor, g: Tensor, of_state: Tensor) -> Tensor:
+        """[n, heads, d]"""
+        return torch.addmm(projected, self.hidden_norm(g), of_state.T).unflatten(-1, (-1, self.self_attn.head_dim))
 
     def finish(self, g: Tensor, attended: Tensor) -> Tensor:
         """The next recurrent state [n, H] (pre-norm); the residual is the un-normed g. attended [n, h, d]."""

@@ -14,12 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..records import UserError
+
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def sdpa(query: Tensor, hidden: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
     """[n, h, d] of scaled queries [n, h, d]. hidden [n, T] bool: step-0 keys that a row does not see; it sees one at least."""
+    if query.device.type != "cpu":
+        raise UserError(f"train.attention is sdpa, whose kernel is a CPU's, and the draft is on {query.device}: leave it at auto")
     return _ChainAttention.apply(query, hidden, keys, values, *own_keys, *own_values) if len(query) else query
 
 

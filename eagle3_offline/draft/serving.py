@@ -27,10 +27,12 @@ class ChainDrafter:
         """Take in true features: row p pairs aux[p] [m, A] of verified tokens with the tokens [m] that follow them."""
         positions = torch.arange(len(self.keys), len(self.keys) + len(aux), device=aux.device)
         g = self.head.features(aux.to(self.head.fc.weight.dtype))
-        query, key, value = self._query_key_value(tokens, g, positions)
+        layer, projected = self.head.midlayer, self._projected(tokens)
+        key, value = layer.key_value(projected, g, self._of_state, positions)
         self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
-        attended = attend(query[-1:], positions[-1:], self.keys, self.values, [], [])
-        self._newest = self.head.outputs(self.head.midlayer.finish(g[-1:], attended))
+        query = layer.query(projected[-1:], g[-1:], self._of_state, positions[-1:])
+        attended = attend(query, positions[-1:], self.keys, self.values, [], [])
+        self._newest = self.head.outputs(layer.finish(g[-1:], attended))
 
     @torch.no_grad()
     def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
@@ -41,18 +43,16 @@ class ChainDrafter:
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
                 token, position = torch.tensor([token], device=g.device), torch.tensor([row + step], device=g.device)
-                query, key, value = self._query_key_value(token, g, position)
+                query, key, value = layer.query_key_value(self._projected(token), g, self._of_state, position)
                 own_keys, own_values = [*own_keys, key], [*own_values, value]
                 attended = attend(query, position - step, self.keys, self.values, own_keys, own_values)
                 state, g = self.head.outputs(layer.finish(g, attended))
             logits.append(self.head.lm_head(state)[0])
         return logits
 
-    def _query_key_value(self, tokens: Tensor, g: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows that read the tokens [m] beside g [m, H]."""
-        layer = self.head.midlayer
-        projected = layer.project(self.head.embedded(tokens, self.embed), self._of_embedding)
-        return layer.query_key_value(projected, g, self._of_state, positions)
+    def _projected(self, tokens: Tensor) -> Tensor:
+        """The share of tokens [m] in their rows' queries, keys and values."""
+        return self.head.midlayer.project(self.head.embedded(tokens, self.embed), self._of_embedding)
 
     def draft(self, length: int) -> list[int]:
         """The next `length` tokens that the draft proposes, as target ids."""

@@ -107,12 +107,15 @@ class FullTeacher:
         """
         if not self.quick or last.dtype != torch.bfloat16:
             return self.known[argmax(last, self.weight, self.transform)]
+        if self.known.all():
+            return torch.ones(len(last), dtype=torch.bool, device=last.device)
         inside = products.max(-1).values
         others = (z.masked_fill(self.known[tokens], -torch.inf) for tokens, z in _blocks(last, self.weight, torch.bfloat16))
         outside = torch.stack([z.max(-1).values for z in others]).max(0).values.float()
         known = inside > outside
         near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
-        known[near] = self.known[argmax(last[near], self.weight)]
+        if near.any():
+            known[near] = self.known[argmax(last[near], self.weight)]
         return known
 
     def log_normaliser(self, last: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def _quick(lm_head: Tensor) -> bool:
 def _kept(cache: OrderedDict[str, Tensor], batch: DraftBatch, make: Callable[[], Tensor]) -> Tensor:
     """[n] the cached values of a batch's conversations, all made anew where one is missing."""
     if not all(name in cache for name in batch.ids):
-        cache.update(zip(batch.ids, make().split(batch.teacher_counts), strict=True))
+        cache.update((name, value.clone()) for name, value in zip(batch.ids, make().split(batch.teacher_counts), strict=True))
     values = torch.cat([cache[name] for name in batch.ids])
     while len(cache) > CACHED_CONVERSATIONS:
         cache.popitem(last=False)

@@ -31,14 +31,13 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     g = head.features(batch.scaled.to(dtype))  # [N, H]
     of_embedding, of_state = layer.halves()
     projected = layer.project(head.embedded(batch.tokens, embed).to(dtype), of_embedding)  # row p reads p + k's at step k
-    query, keys, values = layer.query_key_value(projected, g, of_state, batch.positions)  # every step attends to these keys
+    keys, values = layer.key_value(projected, g, of_state, batch.positions)  # [N, kv, d], what every step attends to
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     states = []
     for k in range(steps):
         kept = batch.steps[k].kept
-        query = None if k else query[kept]
-        inputs = g[kept], query, projected, of_state, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
+        inputs = g[kept], projected, of_state, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
         if head.checkpoint_activations and torch.is_grad_enabled():
             state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
         else:
@@ -48,17 +47,19 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
 
 
 def _step(
-    head: DraftHead, batch: DraftBatch, k: int, g: Tensor, query: Tensor | None, projected: Tensor, of_state: Tensor,
-    keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor],
+    head: DraftHead, batch: DraftBatch, k: int, g: Tensor, projected: Tensor, of_state: Tensor, keys: Tensor, values: Tensor,
+    own_keys: list[Tensor], own_values: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     """One step of the rows that are alive: what lm_head reads, the next g, and the rows' own keys and values, this step's included.
 
-    g [n_k, H]; query [n_k, h, d] at step 0; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values: per step
-    1..k-1 [n_k, kv, d].
+    g [n_k, H]; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values: per step 1..k-1 [n_k, kv, d].
     """
     layer, step = head.midlayer, batch.steps[k]
-    if k:
-        query, key, value = layer.query_key_value(projected[step.rows + k], g, of_state, step.positions)
+    mixed = projected[step.rows + k], g, of_state, step.positions
+    if k == 0:
+        query = layer.query(*mixed)
+    else:
+        query, key, value = layer.query_key_value(*mixed)
         own_keys, own_values = [*own_keys, key], [*own_values, value]
     conversations = [Conversation(*segment, count) for segment, count in zip(batch.segments, step.counts, strict=True)]
     attended = attend(query, step.rows, keys, values, own_keys, own_values, conversations, head.attention)

@@ -23,6 +23,7 @@ LAYER_TENSORS = (  # of a plain decoder layer, and of a draft's
     "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
     "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight",
 )  # fmt: skip
+PLAIN_LAYERS = ("llama", "mistral")  # model types whose decoder layers are what a draft's is
 NORMS_FROM_ZERO = (  # model types whose norms multiply by 1 + weight
     "gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
     "vaultgemma",
@@ -106,16 +107,15 @@ def head_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
 def carried_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
     """What a dump carries of the target: `head_tensors`, and the last decoder layer as last_layer.* where it is a plain one.
 
-    A draft may start from it. With biases, norms of queries and keys, experts or another activation it is left out.
+    A draft may start from it. That of another family, or one with biases, computes something else than a draft's layer and is left out.
     """
     config, found = text_config(folder), head_tensors(folder, dtype)
     prefix = f"layers.{config['num_hidden_layers'] - 1}."
     layer = {name.removeprefix(prefix): tensor for name, tensor in _read_tensors(folder, prefix).items()}
-    if set(layer) != set(LAYER_TENSORS) or config.get("hidden_act", "silu") != "silu":
+    plain = config.get("model_type") in PLAIN_LAYERS and config.get("hidden_act", "silu") == "silu"
+    if not plain or not {*LAYER_TENSORS} <= {*layer} or any(name.endswith(".bias") for name in layer):
         return found
-    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-        layer[name] = _effective(layer[name], folder)
-    return found | {f"last_layer.{name}": tensor.to(getattr(torch, dtype)) for name, tensor in layer.items()}
+    return found | {f"last_layer.{name}": layer[name].to(getattr(torch, dtype)) for name in LAYER_TENSORS}
 
 
 def final_norm(folder: Path) -> Tensor:

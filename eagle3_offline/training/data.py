@@ -147,7 +147,7 @@ def _last_layer(dump: Dump, settings: DraftSettings) -> dict[str, Tensor]:
             + (
                 f"train.hidden_size is {settings.hidden_size}: the target's layer does not fit a narrower draft"
                 if found
-                else f"{dump.where} holds no last layer of it, for only a plain one is dumped: no biases, norms of queries, experts"
+                else f"{dump.where} holds no last layer of it, for only Llama's and Mistral's plain ones are, and by newer dumps"
             )
             + ". Set it to random"
         )

@@ -44,7 +44,7 @@ def test_a_training_starts_from_it(copied):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_plain_layers_are_carried(family, random_target, tmp_path):
-    """Biases (Qwen2, gpt-oss), norms of queries and keys (Qwen3), experts, another activation (Gemma) are no draft's layer."""
+    """Layers of other families have biases, norms of queries and keys, experts, multipliers or another activation."""
     tensors = carried_tensors(make_family(family, random_target, tmp_path / family), "float32")
     assert any(name.startswith("last_layer.") for name in tensors) == (family in ("llama", "mistral"))
 

@@ -39,6 +39,15 @@ def test_every_stage_on_one_rank(whole, copied, stage):
     assert_same(copied, whole)
 
 
+def test_zero_3_with_every_weight_taken_apart(whole, copied, tmp_path):
+    """By default it keeps small weights whole, which here are all."""
+    value = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+    (tmp_path / "apart.json").write_text(json.dumps(value))
+    more = f"train.deepspeed={tmp_path / 'apart.json'}", "train.checkpoint_activations=true"
+    copied.stage("train", *options(3, *more))
+    assert_same(copied, whole)
+
+
 def halfway(cli: Cli) -> None:
     """As if the training had been killed behind its checkpoint at step 4."""
     folder = Run(cli.run).draft("draft")

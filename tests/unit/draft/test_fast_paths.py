@@ -63,6 +63,23 @@ def test_sdpa_equals_the_reference(head, samples, embed, monkeypatch):
         assert_equal(found["sdpa"], found["reference"])
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_sdpa_in_narrow_dtypes(dtype, tolerance):
+    """Against the reference in float64, relative to the largest value: a conversation of 30 rows, 20 of them live, at step 2."""
+    torch.manual_seed(0)
+    shapes = [(20, 6, 8), (30, 2, 8), (30, 2, 8)] + 4 * [(20, 2, 8)]  # query, keys, values, two own keys, two own values
+    given, upstream = [torch.randn(shape).to(dtype) for shape in shapes], torch.randn(20, 6, 8).to(dtype)
+    found = {}
+    for backend, of in (("reference", torch.float64), ("sdpa", dtype)):
+        query, keys, values, *own = leaves = [tensor.to(of).requires_grad_() for tensor in given]
+        out = attention.attend(query, torch.arange(5, 25), keys, values, own[:2], own[2:], backend=backend)
+        out.backward(upstream.to(of))
+        found[backend] = [out.detach(), *(leaf.grad for leaf in leaves)]
+    for a, b in zip(found["sdpa"], found["reference"], strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
 def test_auto_is_sdpa_on_a_cpu(head, samples, embed, monkeypatch):
     calls, plain = [], attention.sdpa
     monkeypatch.setattr(attention, "sdpa", lambda query, *more: calls.append(len(query)) or plain(query, *more))
@@ -95,6 +112,19 @@ def test_checkpointed_activations_change_nothing(head, samples, embed, backend):
     for head.checkpoint_activations in (False, True):
         found[head.checkpoint_activations] = gradients(head, samples, embed)
     assert_equal(found[True], found[False], 0)
+
+
+def test_an_argmax_is_kept_for_later_epochs(samples, lm_head, target_ids, monkeypatch):
+    """Of each conversation, in whatever batch it comes again."""
+    teacher, (a, b, *_) = FullTeacher(lm_head, target_ids), samples
+    expected = {s.id: FullTeacher(lm_head, target_ids)(collate([s], K), whole=True) for s in (a, b)}
+    teacher(collate([a], K), whole=True)
+    for batch in ([a, b], [b, a]):  # the first is half known, the second known
+        found = teacher(collate(batch, K), whole=True)
+        for name in ("argmax_known", "log_normaliser"):
+            assert torch.allclose(getattr(found, name), torch.cat([getattr(expected[s.id], name) for s in batch]))
+        monkeypatch.setattr(teacher, "argmax_known", None)  # not called again
+        monkeypatch.setattr(teacher, "log_normaliser", None)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # 1e-3: every row is too near to tell in bfloat16

@@ -166,6 +166,16 @@ def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, t
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
 
 
+def test_the_vocabulary_heads_gradient_is_summed_in_fp32(monkeypatch):
+    """In bfloat16, by blocks of one row: a narrow sum would stop growing at 256 parts of the size of its last place."""
+    rows, size = 1024, 4
+    monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", size)
+    x, weight = torch.ones(rows, 1, dtype=torch.bfloat16), torch.zeros(size, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = draft_loss._BlockedHead.apply(x, weight, lambda logits, start: logits[:, 0].sum())
+    loss.backward()
+    assert weight.grad[:, 0].tolist() == [rows, 0, 0, 0]
+
+
 @pytest.mark.parametrize("flags", [{"fc_norm": True}, {"norm_output": True}, {"fc_norm": True, "norm_output": True}])
 def test_eagle_3_1_equals_the_plain_loop(settings, sample, embed, lm_head, target_ids, flags):
     torch.manual_seed(0)
