@@ -48,7 +48,7 @@ class TargetConfig:
 
     model: str = opt("smollm2", "hub name or local folder of the target; `smollm2` and `tiny` are the demo's own targets")
     revision: str | None = opt(None, "hub revision; none: the newest")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "dtype in which the target runs; auto: that of its config")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "dtype of the target and its states; auto: that of its config")
     engine: Literal["auto", "sglang", "transformers"] = opt(
         "auto", "what runs the target; auto: SGLang where it is installed and there is a GPU, else transformers, embedded"
     )
