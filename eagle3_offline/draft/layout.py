@@ -30,6 +30,9 @@ KEPT = (  # DraftSettings that config.json holds under their own names
     "fc_norm",
     "norm_output",
 )
+# Model types of which SGLang 0.5.21 captures what enters a layer, so not boundary L; and with its residual, so not boundary 0.
+NO_LAST = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+NO_FIRST = ("llama", "mistral")
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -63,14 +66,14 @@ def _layer_ids(layers: tuple[int, ...], to: str) -> dict[str, Any]:
 
 
 def refuse_unservable(layers: tuple[int, ...], to: str, target_config: dict[str, Any]) -> None:
-    """Refuse boundaries that the engine would not capture, before a draft is trained on them: SGLang (0.5.21) takes what enters a layer
-    and has a residual by then; of gpt-oss also what leaves the last one."""
+    """Refuse boundaries that the engine is known not to capture, before a draft is trained on them."""
     config = target_config.get("text_config", target_config)
-    last = config["num_hidden_layers"] - (config.get("model_type") != "gpt_oss")
-    if to == "sglang" and (unknown := [b for b in layers if not 1 <= b <= last]):
+    family, last = config.get("model_type"), config.get("num_hidden_layers")
+    unknown = [b for b in layers if (b == 0 and family in NO_FIRST) or (b == last and family in NO_LAST)]
+    if to == "sglang" and unknown:
         raise UserError(
-            f"export.to is sglang, which captures the boundaries 1 to {last} of this target; the draft reads {unknown} too: "
-            f"choose other train.layers, or set export.to to vllm or hf where your engine serves them"
+            f"export.to is sglang, which does not capture the boundaries {unknown} of a {family} of {last} layers, and the draft reads "
+            f"them: choose other train.layers, or set export.to to vllm or hf where your engine serves them"
         )
 
 
