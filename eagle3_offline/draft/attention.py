@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from .sdpa import sdpa
+from .sdpa import sdpa, wide
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks on a GPU
 GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
@@ -118,7 +118,7 @@ def _reference(
     grouped, scores = _step_zero_scores(query, rows, keys, begins)
     if own_keys:
         scores = torch.cat((scores, _own_scores(grouped, own_keys)), dim=-1)  # [n, kv, g, T + k]
-    weights = scores.softmax(-1, dtype=_wide(scores)).to(values.dtype)
+    weights = scores.softmax(-1, dtype=wide(scores)).to(values.dtype)
     out = torch.einsum("nkgt,tkd->nkgd", weights[..., : len(keys)], values)
     for step, value in enumerate(own_values):
         out = out + weights[..., len(keys) + step, None] * value[:, :, None]
@@ -144,10 +144,6 @@ def _own_scores(grouped: Tensor, own_keys: list[Tensor]) -> Tensor:
     return torch.stack([(grouped * key[:, :, None]).sum(-1) for key in own_keys], dim=-1)
 
 
-def _wide(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The step-0 part with its log-sum-exp, and the own keys merged into it
 
@@ -167,7 +163,7 @@ def _merged(out: Tensor, log_sum: Tensor, query: Tensor, own_keys: list[Tensor],
 def _step_zero_blockwise(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Output [n, h, d] and log-sum-exp [n, h] of one conversation."""
     if not len(query):
-        return query, query.new_zeros(query.shape[:2], dtype=_wide(query))
+        return query, query.new_zeros(query.shape[:2], dtype=wide(query))
     size = max(1, BLOCK_SCORES[query.device.type] // (query.shape[1] * len(keys)))
     ends = rows[size - 1 :: size].tolist() + rows[-1:].tolist()  # the last row of each block
     blocks = [
@@ -179,7 +175,7 @@ def _step_zero_blockwise(query: Tensor, rows: Tensor, keys: Tensor, values: Tens
 
 def _step_zero_block(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     _, scores = _step_zero_scores(query, rows, keys)
-    scores = scores.to(_wide(scores))
+    scores = scores.to(wide(scores))
     log_sum = scores.logsumexp(-1)  # [b, kv, g]
     weights = (scores - log_sum[..., None]).exp().to(values.dtype)
     return torch.einsum("nkgt,tkd->nkgd", weights, values).flatten(1, 2), log_sum.flatten(1, 2)

@@ -40,7 +40,7 @@ class _ChainAttention(torch.autograd.Function):
             total = torch.stack((log_sum, *scores)).logsumexp(0)
             out = out * _weight(log_sum, total, out)
             for score, value in zip(scores, own_values, strict=True):
-                out = out.addcmul_(_weight(score, total, out), value[:, :, None])
+                out.addcmul_(_weight(score, total, out), value[:, :, None])
         ctx.save_for_backward(query, hidden, keys, values, out, total, *own)
         return out.flatten(1, 2)
 
@@ -66,20 +66,21 @@ class _ChainAttention(torch.autograd.Function):
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """[1, heads, rows, d] of each [rows, heads, d], in fp32 or wider."""
-    return [x.transpose(0, 1)[None].to(_wide(x)) for x in tensors]
+    return [x.transpose(0, 1)[None].to(wide(x)) for x in tensors]
 
 
 def _bias(hidden: Tensor, like: Tensor) -> Tensor:
     """[n, T] what is added to scores."""
-    return torch.zeros(hidden.shape, dtype=_wide(like), device=hidden.device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=wide(like), device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Over the last dimension, in fp32 or wider."""
-    return (a * b).sum(-1, dtype=_wide(a))
+    return (a * b).sum(-1, dtype=wide(a))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype in which sums of such values are made: fp32, or wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -110,12 +110,14 @@ def carried_tensors(folder: Path, dtype: str) -> dict[str, Tensor]:
     A draft may start from it. That of another family, or one with biases, computes something else than a draft's layer and is left out.
     """
     config, found = text_config(folder), head_tensors(folder, dtype)
-    prefix = f"layers.{config['num_hidden_layers'] - 1}."
-    layer = {name.removeprefix(prefix): tensor for name, tensor in _read_tensors(folder, prefix).items()}
-    plain = config.get("model_type") in PLAIN_LAYERS and config.get("hidden_act", "silu") == "silu"
-    if not plain or not {*LAYER_TENSORS} <= {*layer} or any(name.endswith(".bias") for name in layer):
+    if config.get("model_type") not in PLAIN_LAYERS or config.get("hidden_act", "silu") != "silu":
         return found
-    return found | {f"last_layer.{name}": layer[name].to(getattr(torch, dtype)) for name in LAYER_TENSORS}
+    prefix = f"layers.{config['num_hidden_layers'] - 1}."
+    biases = (name.replace(".weight", ".bias") for name in LAYER_TENSORS)
+    layer = _read_tensors(folder, tuple(prefix + name for name in (*LAYER_TENSORS, *biases)))
+    if {*layer} != {prefix + name for name in LAYER_TENSORS}:
+        return found
+    return found | {f"last_layer.{name}": layer[prefix + name].to(getattr(torch, dtype)) for name in LAYER_TENSORS}
 
 
 def final_norm(folder: Path) -> Tensor:
@@ -130,14 +132,13 @@ def _effective(norm: Tensor, folder: Path) -> Tensor:
     return norm.float() + (1 if text_config(folder).get("model_type") in NORMS_FROM_ZERO else 0)
 
 
-def _read_tensors(folder: Path, names: tuple[str, ...] | str) -> dict[str, Tensor]:
-    """Those of these tensors that the language model has; for a text all whose names begin with it."""
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of these tensors that the language model has."""
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
-                plain = _without_prefixes(name)
-                if plain.startswith(names) if isinstance(names, str) else plain in names:
+                if (plain := _without_prefixes(name)) in names:
                     found[plain] = handle.get_tensor(name)
     return found
 

@@ -140,16 +140,15 @@ def open_source(path: Path | str, config: TrainConfig) -> Source:
 
 def _last_layer(dump: Dump, settings: DraftSettings) -> dict[str, Tensor]:
     """The target's last decoder layer by a draft's names, fp32."""
-    found = {name: tensor for name, tensor in dump.target_tensors().items() if name.startswith(LAST_LAYER)}
-    if not found or settings.owns_embedding:
+    if settings.owns_embedding:
         raise UserError(
-            "train.layer_init is target, but "
-            + (
-                f"train.hidden_size is {settings.hidden_size}: the target's layer does not fit a narrower draft"
-                if found
-                else f"{dump.where} holds no last layer of it, for only Llama's and Mistral's plain ones are, and by newer dumps"
-            )
-            + ". Set it to random"
+            f"train.hidden_size is {settings.hidden_size}: the target's layer does not fit a narrower draft, set train.layer_init=random"
+        )
+    found = {name: tensor for name, tensor in dump.target_tensors().items() if name.startswith(LAST_LAYER)}
+    if not found:
+        raise UserError(
+            f"{dump.where} holds no last layer of the target (only newer dumps of Llamas and Mistrals without biases do): "
+            f"set train.layer_init=random"
         )
     return {name.removeprefix(LAST_LAYER): to_torch(tensor).float() for name, tensor in found.items()}
 
