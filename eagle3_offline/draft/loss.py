@@ -12,6 +12,7 @@ Per row, q = softmax(logits), p the teacher over the draft vocabulary, true its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from .batch import DraftBatch
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits in fp32 that exist at a time
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # logits in fp32 that exist at a time
 
 
 @dataclass(frozen=True)
@@ -78,43 +79,49 @@ class RowTerms:
         self.entropy = torch.zeros(len(steps), device=device)  # [K] each step's mean cross-entropy
         self.alpha = torch.zeros(len(steps), device=device)  # [K] each step's mean acceptance, where the loss needs it
 
-    def __call__(self, logits: Tensor, start: int) -> Tensor:
-        """The part in the loss (a scalar) of rows start .. start + b. logits [b, D], fp32 or wider."""
+    def __call__(self, logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The part in the loss (a scalar) of rows start .. start + b, and its gradient [b, D]. logits [b, D], fp32 or wider.
+
+        d CE / dz_v = q_v - p_v and d alpha / dz_v = q_v ([q_v < true_v] - s) with s = sum_u q_u [q_u < true_u].
+        """
         rows = slice(start, start + len(logits))
         teacher, weight, step = self.row[rows], self.weight[rows].to(logits), self.step[rows]
         known = weight * self.teacher.argmax_known[teacher]  # an argmax outside the draft vocabulary: no loss, yet it counts
-        columns, normaliser = self.teacher.columns(logits, teacher), logits.logsumexp(-1)  # [b, m], [b]
-        entropy = normaliser - (self.teacher.inside[teacher].to(logits.dtype) * columns).sum(-1)  # [b]
-        self.entropy.index_add_(0, step, (known * entropy).detach().to(self.entropy))
+        of_loss = known * self.decay[rows]
+        log_q, p = logits.log_softmax(-1), self.teacher.inside[teacher].to(logits.dtype)  # [b, D], [b, m]
+        entropy = -(p * self.teacher.columns(log_q, teacher)).sum(-1)  # [b]
+        self.entropy.index_add_(0, step, (known * entropy).to(self.entropy))
+        q = log_q.exp_()
         if not self.objective.needs_alpha:
-            return (known * self.decay[rows] * entropy).sum()
-        q = (columns - normaliser[:, None]).exp()
-        alpha = torch.minimum(self.teacher.true[teacher].to(logits.dtype), q).sum(-1)  # [b]
-        self.alpha.index_add_(0, step, (weight * alpha).detach().to(self.alpha))
+            return (of_loss * entropy).sum(), self.teacher.minus(q, teacher, p).mul_(of_loss[:, None])
+        columns, true = self.teacher.columns(q, teacher), self.teacher.true[teacher].to(logits.dtype)
+        alpha = torch.minimum(true, columns).sum(-1)  # [b]
+        self.alpha.index_add_(0, step, (weight * alpha).to(self.alpha))
         if self.objective.loss == "lk-alpha":
-            losses = -alpha.clamp(min=LEAST_ALPHA).log()
+            least = alpha.clamp(min=LEAST_ALPHA)
+            losses, of_entropy, of_alpha = -least.log(), torch.zeros_like(alpha), -(alpha == least).to(alpha) / least
         else:
             share = self.share[rows].to(logits)
-            losses = share * entropy + (1 - share) * (1 - alpha)
-        return (known * self.decay[rows] * losses).sum()
+            losses, of_entropy, of_alpha = share * entropy + (1 - share) * (1 - alpha), share, share - 1
+        below = columns * (columns < true)  # [b, m]
+        of_q = of_entropy - of_alpha * below.sum(-1)  # [b]
+        taken = of_entropy[:, None] * p - of_alpha[:, None] * below
+        return (of_loss * losses).sum(), self.teacher.minus(q * of_q[:, None], teacher, taken).mul_(of_loss[:, None])
 
 
 class _BlockedHead(torch.autograd.Function):
     """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: logits live one block at a time."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, terms: RowTerms) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor, terms: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: ANN001
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         total, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=wide)  # small blocks' parts would be lost in a narrow sum
         rows = max(1, BLOCK_ELEMENTS[x.device.type] // len(weight))
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
-            with torch.enable_grad():
-                logits = (block @ weight.T).to(wide).requires_grad_()
-                loss = terms(logits, start)
-                (gradient,) = torch.autograd.grad(loss, logits)
-            total += loss.detach()
+            loss, gradient = terms((block @ weight.T).to(wide), start)
+            total += loss
             gradient = gradient.to(x.dtype)
             dx[start : start + rows] = gradient @ weight
             if wide == x.dtype:

@@ -48,6 +48,10 @@ class TeacherRows:
         """[n_k, m] of a draft's values [n_k, D]: those of this teacher's columns, at the teacher rows `rows` [n_k]."""
         return draft if self.ids is None else draft.gather(1, self.ids[rows])
 
+    def minus(self, draft: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+        """The draft's values [n_k, D], in place, less `values` [n_k, m] in these columns."""
+        return draft.sub_(values) if self.ids is None else draft.scatter_add_(1, self.ids[rows], -values)
+
 
 class Teacher(Protocol):
     """Gives the teacher rows of a batch."""

@@ -171,7 +171,7 @@ def test_the_vocabulary_heads_gradient_is_summed_in_fp32(monkeypatch):
     rows, size = 1024, 4
     monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", size)
     x, weight = torch.ones(rows, 1, dtype=torch.bfloat16), torch.zeros(size, 1, dtype=torch.bfloat16, requires_grad=True)
-    loss = draft_loss._BlockedHead.apply(x, weight, lambda logits, start: logits[:, 0].sum())
+    loss = draft_loss._BlockedHead.apply(x, weight, lambda logits, start: (logits[:, 0].sum(), torch.eye(1, size).expand_as(logits)))
     loss.backward()
     assert weight.grad[:, 0].tolist() == [rows, 0, 0, 0]
 
