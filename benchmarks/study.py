@@ -28,7 +28,7 @@ from eagle3_offline.config import Recipe, load_recipe, to_yaml
 from eagle3_offline.draft import batch as draft_batch
 from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft.batch import DraftBatch, StepRows, collate, to_torch
-from eagle3_offline.draft.measures import WalkCount, walk_hits
+from eagle3_offline.draft.measures import WalkCount, paired_difference, total, walk_hits
 from eagle3_offline.draft.trained import TrainedDraft, load_trained
 from eagle3_offline.draft.unroll import unroll
 from eagle3_offline.records import Sample, UserError, turn_of_token
@@ -37,7 +37,6 @@ from eagle3_offline.store.reader import Dump
 from eagle3_offline.training import loop, step
 
 TOGETHER = 8  # held-out answers that are unrolled in one call
-DRAWS = 10_000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def make_cell(study: Study, variant: Variant, seed: int) -> None:
         "bytes_per_token": dump.manifest["counts"]["stored_bytes"] / dump.manifest["counts"]["tokens"],
         "raw_bytes_per_token": 2 * (len(dump.spec.layers) + 1) * dump.spec.hidden_size,
         "commit": read_json(run.folder / "provenance.json")[-1]["commit"], "train_seconds": summary["train_seconds"],
-        "tau": sum(w.products for w in walks) / sum(w.steps for w in walks),
+        "tau": total(walks).tau,
         "products": [w.products for w in walks], "verifications": [w.steps for w in walks],
     })  # fmt: skip
     shutil.rmtree(run.folder)
@@ -261,13 +260,12 @@ def shared_teacher() -> Iterator[None]:
 @dataclass(frozen=True)
 class Cell:
     seed: int
-    products: np.ndarray  # [answers]
-    verifications: np.ndarray  # [answers]
+    walks: list[WalkCount]  # of each answer
     about: dict[str, Any]
 
     @property
     def tau(self) -> float:
-        return float(self.products.sum() / self.verifications.sum())
+        return total(self.walks).tau
 
 
 def read_cells(study: Study, variant: Variant) -> dict[int, Cell]:
@@ -275,20 +273,9 @@ def read_cells(study: Study, variant: Variant) -> dict[int, Cell]:
     cells = {}
     for path in sorted(study.results.glob(f"{variant.name}-seed*.json")):
         about = read_json(path)
-        numbers = (np.array(about.pop(key).split(), int) for key in ("products", "verifications"))
-        cells[about["seed"]] = Cell(about["seed"], *numbers, about)
+        numbers = (map(int, about.pop(key).split()) for key in ("products", "verifications"))
+        cells[about["seed"]] = Cell(about["seed"], [WalkCount(*pair) for pair in zip(*numbers, strict=True)], about)
     return cells
-
-
-def paired_difference(ours: dict[int, Cell], base: dict[int, Cell]) -> tuple[float, float, float]:
-    """Mean over the seeds that both have of tau(ours) - tau(base), and its 95 % interval, answers drawn again for all alike."""
-    seeds = sorted({*ours} & {*base})
-    answers = len(base[seeds[0]].products)
-    drawn = np.random.default_rng(0).multinomial(answers, np.full(answers, 1 / answers), size=DRAWS)  # [DRAWS, answers] times drawn
-    tau = lambda cell, counts: (counts @ cell.products) / (counts @ cell.verifications)  # noqa: E731
-    once = np.ones((1, answers), int)
-    mean = [np.mean([tau(ours[s], counts) - tau(base[s], counts) for s in seeds], axis=0) for counts in (once, drawn)]
-    return float(mean[0][0]), *(float(x) for x in np.quantile(mean[1], (0.025, 0.975)))
 
 
 def report(study: Study, table: str) -> str:
@@ -297,7 +284,7 @@ def report(study: Study, table: str) -> str:
     if not base:
         return f"{table}: no baseline is finished in {study.results}"
     spread = max(c.tau for c in base.values()) - min(c.tau for c in base.values())
-    answers = len(next(iter(base.values())).products)
+    answers = len(next(iter(base.values())).walks)
     lines = [f"{answers} held-out answers, {study.steps} steps; the baseline's seeds spread over {spread:.3f}", ""]
     lines += ["| variant | bytes a token, share of 8 H | tau, mean | its seeds | paired difference | 95 % interval |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -311,7 +298,8 @@ def report(study: Study, table: str) -> str:
         about = next(iter(cells.values())).about
         size = f"{about['bytes_per_token']:,.0f}, {about['bytes_per_token'] / about['raw_bytes_per_token']:.3f}"
         taus = [cells[s].tau for s in sorted(cells)]
-        mean, low, high = paired_difference(cells, base)
+        seeds = sorted({*cells} & {*base})  # that both have
+        mean, low, high = paired_difference([cells[s].walks for s in seeds], [base[s].walks for s in seeds])
         gap = ["", ""] if variant == BASELINE else [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
         row = [variant.name, size, f"{np.mean(taus):.3f}", " ".join(f"{t:.3f}" for t in taus), *gap]
         lines.append("| " + " | ".join(row) + " |")

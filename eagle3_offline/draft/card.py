@@ -83,6 +83,8 @@ def _measured(folder: Path, trained: TrainedDraft) -> str:
         found = held_out["summary"]
         lines.append(f"| `evaluate`, walk, chain of {found['chain']} | {found['tau']:.3f} | {found['answers']} |")
         lines.append(f"| n-gram lookup on the same answers | {found['ngram_tau']:.3f} | {found['answers']} |")
+        if found.get("over_ngram"):
+            lines.append("| the draft over the lookup, 95 % interval | {:+.3f} ({:+.3f} to {:+.3f}) | |".format(*found["over_ngram"]))
     if not lines:
         return "Nothing yet: run `evaluate`, then `export` again.\n"
     return "\n".join(["| how | tau | answers |", "|---|---|---|", *lines]) + "\n"

@@ -6,12 +6,14 @@ drafts plus the bonus token, cut at the end of the answer; a request's first tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .shift import first_root, serving_rows
+
+DRAWS = 2_000  # of the bootstrap
 
 
 @dataclass
@@ -29,6 +31,31 @@ class WalkCount:
         self.products += other.products
         self.steps += other.steps
         return self
+
+
+def total(walks: Iterable[WalkCount]) -> WalkCount:
+    """The walks of many conversations as one."""
+    count = WalkCount()
+    for walk in walks:
+        count += walk
+    return count
+
+
+def paired_difference(ours: Sequence[list[WalkCount]], base: Sequence[list[WalkCount]]) -> tuple[float, float, float]:
+    """Mean over pairs of drafts of tau(ours) - tau(base), and the bounds of its 95 % interval by bootstrap.
+
+    ours, base: of each draft the walks of the same conversations, which are drawn again for all of them alike.
+    """
+    pairs = [[np.array([(w.products, w.steps) for w in walks]) for walks in pair] for pair in zip(ours, base, strict=True)]  # [n, 2] each
+
+    def difference(rows: np.ndarray) -> float:
+        taus = [[np.divide(*walks[rows].sum(0)) for walks in pair] for pair in pairs]
+        return float(np.mean([mine - other for mine, other in taus]))
+
+    conversations = len(base[0])
+    rng = np.random.default_rng(0)
+    drawn = [difference(rng.integers(conversations, size=conversations)) for _ in range(DRAWS)]
+    return difference(np.arange(conversations)), *(float(x) for x in np.quantile(drawn, (0.025, 0.975)))
 
 
 def walk_answer(start: int, end: int, accepted: Callable[[int, int], int]) -> WalkCount:
@@ -65,7 +92,7 @@ class HeldOut:
     """Sums over held-out rows, from which every in-loop measure comes."""
 
     steps: int
-    walk: WalkCount
+    walks: list[WalkCount]  # of each conversation
     turns: int = 0
     first_hits: int = 0  # turns whose first draft at their first root row hit
     first_roots: int = 0  # turns that have such a row
@@ -80,11 +107,16 @@ class HeldOut:
     @classmethod
     def empty(cls, steps: int) -> HeldOut:
         zeros = [np.zeros(steps) for _ in range(5)]
-        return cls(steps, WalkCount(), 0, 0, 0, 0, 0, *zeros)
+        return cls(steps, [], 0, 0, 0, 0, 0, *zeros)
+
+    @property
+    def walk(self) -> WalkCount:
+        """Of all conversations together."""
+        return total(self.walks)
 
     def add_hits(self, turns: tuple[tuple[int, int], ...], turn: np.ndarray, hits: np.ndarray) -> None:
         """Count one conversation's hits [T, K]; turn [T] is records.turn_of_token."""
-        self.walk += walk_hits(turns, hits)
+        self.walks.append(walk_hits(turns, hits))
         self.turns += len(turns)
         holding = np.ones(len(hits), bool)
         for k in range(self.steps):
@@ -102,16 +134,17 @@ class HeldOut:
 
     def summary(self) -> dict[str, object]:
         """Plain JSON values. `tau` is the walk's; `tau_all_rows` averages over all root rows and is biased upwards."""
+        walk = self.walk
         return {
-            "tau": ratio(self.walk.products, self.walk.steps),
+            "tau": walk.tau,
             "tau_all_rows": ratio(self.rows + self.chain_hits, self.rows),
             "first_root_hit": ratio(self.first_hits, self.first_roots),
             "conditional_acceptance": [ratio(*pair) for pair in zip(self.hit, self.reached, strict=True)],
             "alpha": [ratio(*pair) for pair in zip(self.acceptance, self.alive, strict=True)],
             "kl": [ratio(*pair) for pair in zip(self.divergence, self.alive, strict=True)],
             "answers": self.turns,
-            "verification_steps": self.walk.steps,
-            "answer_tokens": self.walk.products + self.turns,
+            "verification_steps": walk.steps,
+            "answer_tokens": walk.products + self.turns,
         }
 
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from ..config import Recipe
 from ..draft.export import read_export
 from ..draft.held_out import measure
-from ..draft.measures import WalkCount, ratio
+from ..draft.measures import WalkCount, ratio, total
 from ..draft.model import DraftHead
 from ..draft.serving import ChainDrafter
 from ..draft.trained import TrainedDraft, load_trained
@@ -33,7 +33,7 @@ from ..store.reader import Dump
 from ..target.engine import States
 from ..target.transformers_engine import TransformersEngine, boundary_inputs, decoder_layers
 from .ngram import common_prefix
-from .simulate import check_dump, ngram_walk
+from .simulate import check_dump, ngram_walks
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def decode(run: Run, recipe: Recipe, target_folder: Path, stop: StopSignal) -> S
     decoded = _decode_rows(decoder, dump, rows, folder / f"decoded-{digest(key)}.jsonl", stop)
     summary = {**_compare(decoded), **_walk(engine, decoded, trained, config.chain)}
     ngram_rows = [(np.array(d.prompt + d.plain), ((len(d.prompt), len(d.prompt) + len(d.plain)),)) for d in decoded]
-    summary["ngram_tau"] = ngram_walk(dump, ngram_rows, config).tau
+    summary["ngram_tau"] = total(ngram_walks(dump, ngram_rows, config)).tau
     write_json(result, {"key": key, "summary": summary, "answers": [asdict(d) for d in decoded]})
     return summary
 

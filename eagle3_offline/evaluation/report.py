@@ -80,9 +80,18 @@ def _tau_table(report: dict[str, Any]) -> str:
         (str(k + 1), *(_number(held[name][k]) for name in ("conditional_acceptance", "alpha", "kl"))) for k in range(len(held["alpha"]))
     ]
     per_step = _table(("drafted token", "accepted if reached", "alpha", "KL"), depth, numbers={0, 1, 2, 3})
-    lookup = "" if held["tau"] > held["ngram_tau"] else '<p class="note">The lookup wins here: this target repeats itself.</p>'
+    lookup = _over_lookup(held)
     note = f'<p class="note">First-root hit {_number(held["first_root_hit"])}; the draft vocabulary covers {held["coverage"]:.1%} of the train answers.</p>'
     return f"<h2>Accept length on held-out questions</h2>{table}{lookup}{per_step}{note}"
+
+
+def _over_lookup(held: dict[str, Any]) -> str:
+    if not held.get("over_ngram"):
+        return ""
+    difference, low, high = held["over_ngram"]
+    verdict = "better than the lookup" if low > 0 else "worse than the lookup: this target repeats itself" if high < 0 else "no different"
+    text = f"The draft's accept length less the lookup's is {difference:+.3f}, {low:+.3f} to {high:+.3f} at 95 % (answers drawn again): {verdict}."
+    return f'<p class="note">{text}</p>'
 
 
 def _curves(draft_folder: Path, report: dict[str, Any]) -> str:

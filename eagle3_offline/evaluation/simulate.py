@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import EvaluateConfig
 from ..draft.batch import to_torch
 from ..draft.held_out import measure
-from ..draft.measures import WalkCount
+from ..draft.measures import WalkCount, paired_difference, total
 from ..draft.teacher import teacher_name, teacher_of
 from ..draft.trained import TrainedDraft, load_trained
 from ..logits import head_transform
@@ -44,12 +44,14 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
             trained.head, samples(), embed=target["embed_tokens.weight"].float(), target_ids=trained.target_ids, chain=config.chain,
             aux_scale=trained.aux_scale, teacher=teacher_of(target["lm_head.weight"], trained.target_ids, top_k, transform),
         )  # fmt: skip
+    ngram = ngram_walks(dump, [(dump.input_ids(int(i)), dump.turns(int(i))) for i in rows], config)
     summary = {
         **result.summary(),
         "teacher": teacher_name(top_k),
         "chain": config.chain,
         "coverage": trained.vocabulary.coverage,
-        "ngram_tau": ngram_walk(dump, [(dump.input_ids(int(i)), dump.turns(int(i))) for i in rows], config).tau,
+        "ngram_tau": total(ngram).tau,
+        "over_ngram": paired_difference([result.walks], [ngram]) if result.walk.steps else None,
     }
     write_json(path, {"key": key, "summary": summary})
     return summary
@@ -63,11 +65,8 @@ def check_dump(trained: TrainedDraft, dump: Dump) -> None:
         )
 
 
-def ngram_walk(dump: Dump, rows: list, config: EvaluateConfig) -> WalkCount:
-    """The lookup's walk over rows [(input_ids, turns)], its index made of the dump's train answers."""
+def ngram_walks(dump: Dump, rows: list, config: EvaluateConfig) -> list[WalkCount]:
+    """The lookup's walk of each of the rows [(input_ids, turns)], its index made of the dump's train answers."""
     train = (int(i) for i in dump.rows("train"))
     lookup = NgramLookup((dump.input_ids(i)[start:end] for i in train for start, end in dump.turns(i)), config.ngram)
-    count = WalkCount()
-    for input_ids, turns in rows:
-        count += lookup.walk(input_ids, turns, config.chain)
-    return count
+    return [lookup.walk(input_ids, turns, config.chain) for input_ids, turns in rows]

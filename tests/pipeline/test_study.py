@@ -77,12 +77,3 @@ def test_cells(study, copied, tmp_path):
     again = CliRunner().invoke(study.main, [*options, "--seeds", "1", "--report"])
     assert found == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     assert "| usual-masks |" in again.output and "| unscaled | not run |" in again.output
-
-
-def test_a_paired_difference_by_hand(study):
-    cell = lambda products, steps: study.Cell(0, np.array(products), np.array(steps), {})  # noqa: E731
-    base, ours = {0: cell([4, 6], [4, 4])}, {0: cell([4, 6], [2, 3])}
-    mean, low, high = study.paired_difference(ours, base)
-    assert mean == pytest.approx(10 / 5 - 10 / 8)
-    assert (low, high) == (pytest.approx(6 / 3 - 6 / 4), pytest.approx(4 / 2 - 4 / 4))  # one answer drawn twice
-    assert study.paired_difference(base, base) == (0, 0, 0)

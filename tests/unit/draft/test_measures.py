@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eagle3_offline.draft.measures import HeldOut, walk_answer, walk_hits
+from eagle3_offline.draft.measures import HeldOut, WalkCount, paired_difference, total, walk_answer, walk_hits
 from eagle3_offline.records import turn_of_token
 
 
@@ -67,3 +67,13 @@ def test_held_out_counts_by_hand():
     assert summary["first_root_hit"] == 1.0  # rows 2 and 8
     assert summary["tau_all_rows"] == pytest.approx(1 + (2 + 1 + 0 + 1 + 0) / 5)
     assert summary["answer_tokens"] == 7
+
+
+def test_a_paired_difference_by_hand():
+    base, ours = [WalkCount(4, 4), WalkCount(6, 4)], [WalkCount(4, 2), WalkCount(6, 3)]
+    assert total(ours) == WalkCount(10, 5)
+    mean, low, high = paired_difference([ours], [base])
+    assert mean == pytest.approx(10 / 5 - 10 / 8)
+    assert (low, high) == (pytest.approx(6 / 3 - 6 / 4), pytest.approx(4 / 2 - 4 / 4))  # one answer drawn twice
+    assert paired_difference([base], [base]) == (0, 0, 0)
+    assert paired_difference([ours, base], [base, base])[0] == pytest.approx(mean / 2)
