@@ -22,7 +22,7 @@ from .batch import DraftBatch
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # logits in fp32 that exist at a time
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits in fp32 that exist at a time
 
 
 @dataclass(frozen=True)

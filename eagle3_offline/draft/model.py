@@ -75,6 +75,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(settings.num_attention_heads * head_dim, width, bias=False)
 
 
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up. Keeps these two alone for the backward pass, where autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
 class MLP(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
@@ -83,7 +97,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(settings.intermediate_size, settings.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
