@@ -168,8 +168,9 @@ class Study:
         return self.results / f"{variant.name}-seed{seed}.json"
 
     def recipe_of(self, variant: Variant, seed: int) -> Recipe:
-        """The recipe's training, in so many steps, without evaluations on its way (one row at the start and one at the end)."""
-        common = (f"total_steps={self.steps}", f"seed={seed}", "draft=study", "eval_every=0", "eval_rows=1", "checkpoint_every=200")
+        """The recipe's training from a random start, in so many steps, without evaluations on its way (one row at its start and end)."""
+        common = (f"total_steps={self.steps}", f"seed={seed}", "draft=study", "eval_every=0", "eval_rows=1", "checkpoint_every=200",
+                  "fc_init=random", "layer_init=random")  # fmt: skip
         return load_recipe(self.recipe, tuple(f"train.{text}" for text in (*common, *variant.train)))
 
     def dump_of(self, variant: Variant) -> Path | str:
@@ -260,7 +261,7 @@ def shared_teacher() -> Iterator[None]:
 @dataclass(frozen=True)
 class Cell:
     seed: int
-    walks: list[WalkCount]  # of each answer
+    walks: list[WalkCount]  # of each conversation
     about: dict[str, Any]
 
     @property
@@ -312,7 +313,7 @@ def report(study: Study, table: str) -> str:
 @click.option("--variant", "only", multiple=True, help="These rows alone.  [default: all of the table]")
 @click.option("--seeds", default=3, show_default=True, help="Drafts of each variant.")
 @click.option("--steps", default=600, show_default=True, help="Optimiser steps of each draft.")
-@click.option("--recipe", default="demo", show_default=True, help="Its train and evaluate sections are the baseline.")
+@click.option("--recipe", default="demo", show_default=True, help="Its train and evaluate sections, from a random start, are the baseline.")
 @click.option("--results", type=click.Path(path_type=Path), help="[default: benchmarks/results/NAME_OF_DATA-STEPS]")
 @click.option("--report", "report_only", is_flag=True, help="Print the tables of what is finished; run nothing.")
 def main(data: Path, tables: tuple[str, ...], only: tuple[str, ...], seeds: int, steps: int, recipe: str, results: Path | None,

@@ -81,8 +81,9 @@ def _measured(folder: Path, trained: TrainedDraft) -> str:
     held_out = read_json(folder / "held_out.json") if (folder / "held_out.json").is_file() else None
     if held_out and held_out["key"]["draft"] == trained.about:
         found = held_out["summary"]
-        lines.append(f"| `evaluate`, walk, chain of {found['chain']} | {found['tau']:.3f} | {found['answers']} |")
-        lines.append(f"| n-gram lookup on the same answers | {found['ngram_tau']:.3f} | {found['answers']} |")
+        if found["tau"] is not None:
+            lines.append(f"| `evaluate`, walk, chain of {found['chain']} | {found['tau']:.3f} | {found['answers']} |")
+            lines.append(f"| n-gram lookup on the same answers | {found['ngram_tau']:.3f} | {found['answers']} |")
         if found.get("over_ngram"):
             lines.append("| the draft over the lookup, 95 % interval | {:+.3f} ({:+.3f} to {:+.3f}) | |".format(*found["over_ngram"]))
     if not lines:

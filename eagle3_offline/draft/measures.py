@@ -13,7 +13,7 @@ import numpy as np
 
 from .shift import first_root, serving_rows
 
-DRAWS = 2_000  # of the bootstrap
+DRAWS = 10_000  # of the bootstrap
 
 
 @dataclass
@@ -41,21 +41,24 @@ def total(walks: Iterable[WalkCount]) -> WalkCount:
     return count
 
 
-def paired_difference(ours: Sequence[list[WalkCount]], base: Sequence[list[WalkCount]]) -> tuple[float, float, float]:
+def paired_difference(ours: Sequence[list[WalkCount]], base: Sequence[list[WalkCount]]) -> list[float] | None:
     """Mean over pairs of drafts of tau(ours) - tau(base), and the bounds of its 95 % interval by bootstrap.
 
-    ours, base: of each draft the walks of the same conversations, which are drawn again for all of them alike.
+    ours, base: of each draft the walks of the same conversations, which are drawn again for all of them alike. None of fewer than two
+    conversations that have steps.
     """
-    pairs = [[np.array([(w.products, w.steps) for w in walks]) for walks in pair] for pair in zip(ours, base, strict=True)]  # [n, 2] each
+    stepped = [n for n, walk in enumerate(base[0]) if walk.steps]  # the others have none in any walk
+    if len(stepped) < 2:
+        return None
+    pairs = [[np.array([(w.products, w.steps) for w in walks])[stepped] for walks in pair] for pair in zip(ours, base, strict=True)]
 
     def difference(rows: np.ndarray) -> float:
         taus = [[np.divide(*walks[rows].sum(0)) for walks in pair] for pair in pairs]
         return float(np.mean([mine - other for mine, other in taus]))
 
-    conversations = len(base[0])
     rng = np.random.default_rng(0)
-    drawn = [difference(rng.integers(conversations, size=conversations)) for _ in range(DRAWS)]
-    return difference(np.arange(conversations)), *(float(x) for x in np.quantile(drawn, (0.025, 0.975)))
+    drawn = [difference(rng.integers(len(stepped), size=len(stepped))) for _ in range(DRAWS)]
+    return [difference(np.arange(len(stepped))), *np.quantile(drawn, (0.025, 0.975)).tolist()]
 
 
 def walk_answer(start: int, end: int, accepted: Callable[[int, int], int]) -> WalkCount:

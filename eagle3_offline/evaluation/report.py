@@ -89,8 +89,8 @@ def _over_lookup(held: dict[str, Any]) -> str:
     if not held.get("over_ngram"):
         return ""
     difference, low, high = held["over_ngram"]
-    verdict = "better than the lookup" if low > 0 else "worse than the lookup: this target repeats itself" if high < 0 else "no different"
-    text = f"The draft's accept length less the lookup's is {difference:+.3f}, {low:+.3f} to {high:+.3f} at 95 % (answers drawn again): {verdict}."
+    verdict = "better than the lookup" if low > 0 else "worse than the lookup: this target repeats itself" if high < 0 else "not told apart"
+    text = f"The draft's accept length less the lookup's is {difference:+.3f}, {low:+.3f} to {high:+.3f} at 95 % (conversations drawn again): {verdict}."
     return f'<p class="note">{text}</p>'
 
 

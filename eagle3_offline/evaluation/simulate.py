@@ -28,7 +28,7 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
         raise UserError(f"{run.dump} holds no held-out rows: prepare with eval_share, eval_rows or eval_inputs")
     key = {"draft": trained.about, "chain": config.chain, "rows": len(rows), "ngram": config.ngram}
     path = folder / "held_out.json"
-    if path.is_file() and (known := read_json(path))["key"] == key:
+    if path.is_file() and (known := read_json(path))["key"] == key and "over_ngram" in known["summary"]:
         return known["summary"]
     top_k = dump.spec.compact.top_k if dump.spec.compact else None
     target = {name: to_torch(array) for name, array in dump.target_tensors().items()}
@@ -51,7 +51,7 @@ def simulate(run: Run, draft: str, config: EvaluateConfig) -> Summary:
         "chain": config.chain,
         "coverage": trained.vocabulary.coverage,
         "ngram_tau": total(ngram).tau,
-        "over_ngram": paired_difference([result.walks], [ngram]) if result.walk.steps else None,
+        "over_ngram": paired_difference([result.walks], [ngram]),
     }
     write_json(path, {"key": key, "summary": summary})
     return summary

@@ -77,6 +77,36 @@ def test_with_every_logit_kept_loss_and_measures_are_the_full_teachers(head, sam
     assert found_too["kl"] == pytest.approx(found["kl"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["soft cross-entropy", "lk-alpha", "lk-lambda"])
+def test_gradients_where_few_logits_are_kept(sample, lm_head, target_ids, name):
+    """Of logits [n, D], against autograd over the rows one by one; some kept tokens are none of the draft's."""
+    batch = collate([compacted(sample, lm_head, 6)], K)
+    teacher = CompactTeacher(VOCAB, target_ids)(batch, whole=True)
+    assert (teacher.logits < -1e29).any()
+    mean_alpha = torch.tensor([0.3, 0.2, 0.1])
+    terms = RowTerms(batch, teacher, Objective(name, "token", 0.8, denominators([batch], "token"), mean_alpha))
+    torch.manual_seed(0)
+    logits = torch.randn(len(terms.row), len(target_ids), dtype=torch.float64, requires_grad=True)
+    expected, row = torch.zeros((), dtype=torch.float64), 0
+    for k, step in enumerate(batch.steps):
+        share = torch.exp(-3 * mean_alpha[k]).double()
+        for t in step.teacher:
+            q = logits[row].softmax(0)[teacher.ids[t]]
+            entropy = -(teacher.inside[t].double() * q.log()).sum()
+            alpha = torch.minimum(teacher.true[t].double(), q).sum()
+            value = {
+                "soft cross-entropy": entropy,
+                "lk-alpha": -alpha.clamp(min=1e-6).log(),
+                "lk-lambda": share * entropy + (1 - share) * (1 - alpha),
+            }
+            expected = expected + 0.8**k * value[name] * teacher.argmax_known[t] / len(step.rows)
+            row += 1
+    expected.backward()
+    found, gradient = terms(logits.detach().clone(), 0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # weights and teachers are fp32
+    assert torch.allclose(gradient, logits.grad, atol=1e-8, rtol=1e-6) and gradient.abs().max() > 1e-3
+
+
 def test_a_teacher_with_no_kept_id_inside_gives_no_loss_and_stays_finite(head, sample, embed, lm_head, target_ids):
     compact = compacted(sample, lm_head, 2)
     outside = [token for token in range(VOCAB) if token not in set(target_ids.tolist())]

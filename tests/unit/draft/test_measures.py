@@ -75,5 +75,8 @@ def test_a_paired_difference_by_hand():
     mean, low, high = paired_difference([ours], [base])
     assert mean == pytest.approx(10 / 5 - 10 / 8)
     assert (low, high) == (pytest.approx(6 / 3 - 6 / 4), pytest.approx(4 / 2 - 4 / 4))  # one answer drawn twice
-    assert paired_difference([base], [base]) == (0, 0, 0)
+    assert paired_difference([base], [base]) == [0, 0, 0]
+    one_token = WalkCount()  # an answer without a step
+    assert paired_difference([[*ours, one_token]], [[*base, one_token]]) == [mean, low, high]
+    assert paired_difference([[ours[0], one_token]], [[base[0], one_token]]) is None
     assert paired_difference([ours, base], [base, base])[0] == pytest.approx(mean / 2)
