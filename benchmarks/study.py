@@ -300,8 +300,10 @@ def report(study: Study, table: str) -> str:
         size = f"{about['bytes_per_token']:,.0f}, {about['bytes_per_token'] / about['raw_bytes_per_token']:.3f}"
         taus = [cells[s].tau for s in sorted(cells)]
         seeds = sorted({*cells} & {*base})  # that both have
-        mean, low, high = paired_difference([cells[s].walks for s in seeds], [base[s].walks for s in seeds])
-        gap = ["", ""] if variant == BASELINE else [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
+        gap = ["", ""]
+        if variant != BASELINE:
+            mean, low, high = paired_difference([cells[s].walks for s in seeds], [base[s].walks for s in seeds])
+            gap = [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
         row = [variant.name, size, f"{np.mean(taus):.3f}", " ".join(f"{t:.3f}" for t in taus), *gap]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -80,9 +80,8 @@ def _tau_table(report: dict[str, Any]) -> str:
         (str(k + 1), *(_number(held[name][k]) for name in ("conditional_acceptance", "alpha", "kl"))) for k in range(len(held["alpha"]))
     ]
     per_step = _table(("drafted token", "accepted if reached", "alpha", "KL"), depth, numbers={0, 1, 2, 3})
-    lookup = _over_lookup(held)
     note = f'<p class="note">First-root hit {_number(held["first_root_hit"])}; the draft vocabulary covers {held["coverage"]:.1%} of the train answers.</p>'
-    return f"<h2>Accept length on held-out questions</h2>{table}{lookup}{per_step}{note}"
+    return f"<h2>Accept length on held-out questions</h2>{table}{_over_lookup(held)}{per_step}{note}"
 
 
 def _over_lookup(held: dict[str, Any]) -> str:
