@@ -16,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batch import DraftBatch
+from .products import Linear, filled
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
@@ -66,7 +67,7 @@ class RowTerms:
     objective: Objective
 
     def __post_init__(self) -> None:
-        steps, device = self.batch.steps, self.teacher.logits.device
+        steps, device = self.batch.steps, self.teacher.inside.device
         counts = torch.tensor([len(step.rows) for step in steps])
         objective = self.objective
         pieces = [row_weights(self.batch, k, float(objective.denominator[k]), objective.normalisation) for k in range(len(steps))]
@@ -120,14 +121,15 @@ class _BlockedHead(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS[x.device.type] // len(weight))
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
-            loss, gradient = terms((block @ weight.T).to(wide), start)
+            inputs = filled(block)
+            loss, gradient = terms((inputs @ weight.T)[: len(block)].to(wide), start)
             total += loss
-            gradient = gradient.to(x.dtype)
-            dx[start : start + rows] = gradient @ weight
+            gradient = filled(gradient.to(x.dtype))
+            dx[start : start + rows] = (gradient @ weight)[: len(block)]
             if wide == x.dtype:
-                dw.addmm_(gradient.T, block)
+                dw.addmm_(gradient.T, inputs)
             else:
-                dw += gradient.T @ block
+                dw += gradient.T @ inputs
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return total
 
@@ -137,7 +139,7 @@ class _BlockedHead(torch.autograd.Function):
         return dx * scale.to(dx.dtype), dw * scale.to(dw.dtype), None
 
 
-class VocabularyHead(nn.Linear):
+class VocabularyHead(Linear):
     """lm_head: logits, or with `terms` the loss of its rows in blocks (here, because ZeRO-3 gathers the weight for this call only)."""
 
     def forward(self, x: Tensor, terms: RowTerms | None = None) -> Tensor:

@@ -19,6 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .batch import DraftBatch
 from .loss import RowTerms, VocabularyHead
+from .products import Linear, linear
+from .sdpa import wide
 from .settings import DraftSettings
 
 
@@ -55,7 +57,7 @@ class Rotary:
             self._cos, self._sin = cos[0].to(like.dtype), torch.cat((-low, high), dim=-1).to(like.dtype)
 
 
-class Projection(nn.Linear):
+class Projection(Linear):
     """A projection that is used in halves. Without an argument its call gives a copy of the weight, which ZeRO-3 gathers for calls only."""
 
     def forward(self, x: Tensor | None = None) -> Tensor:
@@ -72,7 +74,36 @@ class Attention(nn.Module):
         self.q_proj = Projection(2 * width, settings.num_attention_heads * head_dim, bias=False)
         self.k_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
         self.v_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(settings.num_attention_heads * head_dim, width, bias=False)
+        self.o_proj = Linear(settings.num_attention_heads * head_dim, width, bias=False)
+
+
+class _Norm(torch.autograd.Function):
+    """x / rms(x) * weight, made in fp32 or wider. Keeps x as it is for the backward pass, where autograd would keep it twice in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+        values = x.to(wide(x))
+        inverse = (values.square().mean(-1, keepdim=True) + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (values * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:  # noqa: ANN001
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        of_weight = (gradient * normed).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:  # of embeddings and captured states
+            return None, of_weight, None
+        of_normed = gradient * weight.to(normed.dtype)
+        of_x = of_normed.sub_(normed.mul_((of_normed * normed).mean(-1, keepdim=True))).mul_(inverse)
+        return of_x.to(x.dtype), of_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, which is one kernel on a GPU, but on a CPU a chain of operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.is_cuda else _Norm.apply(x, self.weight, self.eps)
 
 
 class _GatedSilu(torch.autograd.Function):
@@ -92,9 +123,9 @@ class _GatedSilu(torch.autograd.Function):
 class MLP(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
-        self.gate_proj = nn.Linear(settings.hidden_size, settings.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(settings.hidden_size, settings.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(settings.intermediate_size, settings.hidden_size, bias=False)
+        self.gate_proj = Linear(settings.hidden_size, settings.intermediate_size, bias=False)
+        self.up_proj = Linear(settings.hidden_size, settings.intermediate_size, bias=False)
+        self.down_proj = Linear(settings.intermediate_size, settings.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(_GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
@@ -105,7 +136,7 @@ class Layer(nn.Module):
 
     def __init__(self, settings: DraftSettings):
         super().__init__()
-        norm = lambda: nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)  # noqa: E731
+        norm = lambda: RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)  # noqa: E731
         self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = norm(), norm(), norm()
         self.self_attn = Attention(settings)
         self.mlp = MLP(settings)
@@ -122,7 +153,7 @@ class Layer(nn.Module):
 
     def project(self, embedded: Tensor, of_embedding: Tensor) -> Tensor:
         """The embeddings' [n, H] share in queries, keys and values: [n, (h + 2 kv) d]."""
-        return F.linear(self.input_layernorm(embedded), of_embedding)
+        return linear(self.input_layernorm(embedded), of_embedding)
 
     def query_key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [n, h, d] and keys, and values [n, kv, d], of rows with the embeddings' share `projected` and the feature or
@@ -144,7 +175,7 @@ class Layer(nn.Module):
 
     def _heads(self, projected: Tensor, g: Tensor, of_state: Tensor) -> Tensor:
         """[n, heads, d]"""
-        return torch.addmm(projected, self.hidden_norm(g), of_state.T).unflatten(-1, (-1, self.self_attn.head_dim))
+        return (projected + linear(self.hidden_norm(g), of_state)).unflatten(-1, (-1, self.self_attn.head_dim))
 
     def finish(self, g: Tensor, attended: Tensor) -> Tensor:
         """The next recurrent state [n, H] (pre-norm); the residual is the un-normed g. attended [n, h, d]."""
@@ -163,10 +194,10 @@ class DraftHead(nn.Module):
         if settings.owns_embedding:
             self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         if settings.fc_norm:
-            self.fc_norm = nn.ModuleList(nn.RMSNorm(settings.target_width, eps=settings.rms_norm_eps) for _ in settings.layers)
-        self.fc = nn.Linear(settings.aux_width, settings.hidden_size, bias=False)
+            self.fc_norm = nn.ModuleList(RMSNorm(settings.target_width, eps=settings.rms_norm_eps) for _ in settings.layers)
+        self.fc = Linear(settings.aux_width, settings.hidden_size, bias=False)
         self.midlayer = Layer(settings)
-        self.norm = nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
+        self.norm = RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
         self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
 
     def features(self, aux: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..logits import HeadTransform
 from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
+from .products import filled
 
 BLOCK = 4096  # rows of W per block: neither [n, V] nor W in fp32 ever exists
 CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
@@ -28,21 +28,10 @@ OUTSIDE = -1e30  # logit of a kept token that the draft cannot propose: no mass,
 class TeacherRows:
     """What the target thinks at each of a batch's teacher rows."""
 
-    logits: Tensor  # [n, m] fp32
+    inside: Tensor  # [n, m] fp32, its shares over the draft's tokens (of a compact teacher: the kept ones), summing to 1; 0 without any
     ids: Tensor | None  # [n, k] draft id of each column, of a compact teacher; None: column i is draft id i
     argmax_known: Tensor  # [n] bool: the whole vocabulary's argmax is in the draft vocabulary
-    log_normaliser: Tensor | None  # [n] log-sum-exp over the whole vocabulary, where it was asked for
-
-    @cached_property
-    def inside(self) -> Tensor:
-        """[n, m] the target's distribution over the draft's tokens (of a compact teacher: the kept ones), summing to 1; 0 without any."""
-        shares = self.logits.softmax(-1)
-        return shares if self.ids is None else shares * (self.logits > OUTSIDE / 2).any(-1, keepdim=True)
-
-    @cached_property
-    def true(self) -> Tensor:
-        """[n, m] the target's true mass on each column's token."""
-        return (self.logits - self.log_normaliser[:, None]).exp()
+    true: Tensor | None  # [n, m] fp32, its true mass on each column's token, where it was asked for
 
     def columns(self, draft: Tensor, rows: Tensor) -> Tensor:
         """[n_k, m] of a draft's values [n_k, D]: those of this teacher's columns, at the teacher rows `rows` [n_k]."""
@@ -57,7 +46,7 @@ class Teacher(Protocol):
     """Gives the teacher rows of a batch."""
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
-        """`whole`: with the log-sum-exp over the whole vocabulary, which true masses need."""
+        """`whole`: with the true masses, which need the log-sum-exp over the whole vocabulary."""
 
 
 def teacher_of(lm_head: Tensor, target_ids: Tensor, top_k: int | None, transform: HeadTransform) -> Teacher:
@@ -79,8 +68,10 @@ class CompactTeacher:
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
         ids = self.draft_ids[batch.top.ids]  # [n, k]
-        logits = torch.where(ids >= 0, batch.top.log_probs, OUTSIDE)
-        return TeacherRows(logits, ids.clamp(min=0), ids[:, 0] >= 0, torch.zeros(len(ids), device=ids.device))
+        inside = ids >= 0
+        logits = torch.where(inside, batch.top.log_probs, OUTSIDE)
+        shares = logits.softmax(-1) * inside.any(-1, keepdim=True)
+        return TeacherRows(shares, ids.clamp(min=0), inside[:, 0], logits.exp() if whole else None)
 
 
 class FullTeacher:
@@ -100,14 +91,16 @@ class FullTeacher:
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
         products = batch.last.float() @ self.sliced.T  # [n, D]
         known = _kept(self._known_of, batch, lambda: self.argmax_known(batch.last, products))
-        total = _kept(self._normaliser_of, batch, lambda: self.log_normaliser(batch.last)) if whole else None
-        return TeacherRows(self.transform(products, self.target_ids), None, known, total)
+        logits, true = self.transform(products, self.target_ids), None
+        if whole:
+            true = (logits - _kept(self._normaliser_of, batch, lambda: self.log_normaliser(batch.last))[:, None]).exp()
+        return TeacherRows(logits.softmax(-1), None, known, true)
 
     def argmax_known(self, last: Tensor, products: Tensor) -> Tensor:
         """[n] bool: whether the whole vocabulary's argmax is a draft token. products [n, D]: W h of the draft's tokens.
 
         Without a bias they rank as the logits do. The other tokens' are made in bfloat16, a third of the time: products of bfloat16 states
-        are exact, so that only the result is rounded; rows whose two maxima are too near for that are done again in fp32.
+        are exact, so that only the result is rounded; where two maxima are too near, tokens that may be the largest are done again.
         """
         if not self.quick or last.dtype != torch.bfloat16:
             return self.known[argmax(last, self.weight, self.transform)]
@@ -117,10 +110,20 @@ class FullTeacher:
         others = (z.masked_fill(self.known[tokens], -torch.inf) for tokens, z in _blocks(last, self.weight, torch.bfloat16))
         outside = torch.stack([z.max(-1).values for z in others]).max(0).values.float()
         known = inside > outside
-        near = (inside - outside).abs() <= BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
+        error = BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
+        near = (inside - outside).abs() <= error
         if near.any():
-            known[near] = self.known[argmax(last[near], self.weight)]
+            known[near] = inside[near] > self._largest_outside(last[near], (outside - error)[near])
         return known
+
+    def _largest_outside(self, last: Tensor, least: Tensor) -> Tensor:
+        """[n] fp32: the largest W h of the tokens outside the draft vocabulary, which in bfloat16 is `least` [n] or more."""
+        largest = torch.full((len(last),), float("-inf"), device=last.device)
+        for tokens, z in _blocks(last, self.weight, torch.bfloat16):
+            some = (z >= least[:, None]).any(0) & ~self.known[tokens]
+            if some.any():
+                largest = torch.maximum(largest, (last.float() @ self.weight[tokens][some].float().T).max(-1).values)
+        return largest
 
     def log_normaliser(self, last: Tensor) -> Tensor:
         """Log-sum-exp [n] over the whole vocabulary: exp(z - it) is the target's true mass on a token."""
@@ -159,7 +162,7 @@ def argmax(last: Tensor, weight: Tensor, transform: HeadTransform | None = None)
 
 def _blocks(last: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
     """(tokens, products [n, block] made in `dtype`) over the vocabulary."""
-    last = last.to(dtype)
+    rows = filled(last.to(dtype))
     for start in range(0, len(weight), BLOCK):
         tokens = slice(start, min(start + BLOCK, len(weight)))
-        yield tokens, last @ weight[tokens].to(dtype).T
+        yield tokens, (rows @ weight[tokens].to(dtype).T)[: len(last)]

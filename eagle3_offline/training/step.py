@@ -75,8 +75,10 @@ def one_step(training: Training, micro: list[DraftBatch]) -> tuple[dict[str, flo
     bad: list[str] = []
     for number, batch in enumerate(batch.to(ranks.device) for batch in micro):
         engine.set_gradient_accumulation_boundary(number == len(micro) - 1)
-        terms = RowTerms(batch, training.teacher(batch, objective.needs_alpha), objective)
-        loss, entropies, alphas = engine(batch, training.source.embed, terms)
+        # the teacher's rows are named nowhere here, so that they are gone before the backward pass
+        loss, entropies, alphas = engine(
+            batch, training.source.embed, RowTerms(batch, training.teacher(batch, objective.needs_alpha), objective)
+        )
         if not torch.isfinite(loss):
             bad += batch.ids  # its gradient is not finite either, so that DeepSpeed skips the step, on all ranks
         engine.backward(loss * ranks.world)  # DeepSpeed averages over ranks; this loss is a sum

@@ -11,6 +11,8 @@ from eagle3_offline.training.metrics import read_metrics
 
 from ..small_runs import Cli, losses, weights
 
+APART = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
+
 
 @pytest.fixture(scope="module")
 def whole(dumped, tmp_path_factory) -> Cli:
@@ -41,11 +43,19 @@ def test_every_stage_on_one_rank(whole, copied, stage):
 
 def test_zero_3_with_every_weight_taken_apart(whole, copied, tmp_path):
     """By default it keeps small weights whole, which here are all."""
-    value = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
-    (tmp_path / "apart.json").write_text(json.dumps(value))
+    (tmp_path / "apart.json").write_text(json.dumps(APART))
     more = f"train.deepspeed={tmp_path / 'apart.json'}", "train.checkpoint_activations=true"
     copied.stage("train", *options(3, *more))
     assert_same(copied, whole)
+
+
+def test_the_same_in_bfloat16(dumped, copied, tmp_path):
+    """Whose products are our own functions (draft/products.py)."""
+    (tmp_path / "apart.json").write_text(json.dumps(APART))
+    one = dumped.copy(tmp_path / "one")
+    one.stage("train", *options(1, "train.dtype=bfloat16"))
+    copied.stage("train", *options(3, f"train.deepspeed={tmp_path / 'apart.json'}", "train.dtype=bfloat16"))
+    assert losses(copied) == pytest.approx(losses(one), rel=1e-2)
 
 
 def halfway(cli: Cli) -> None:

@@ -121,13 +121,13 @@ def test_an_argmax_is_kept_for_later_epochs(samples, lm_head, target_ids, monkey
     teacher(collate([a], K), whole=True)
     for batch in ([a, b], [b, a]):  # the first is half known, the second known
         found = teacher(collate(batch, K), whole=True)
-        for name in ("argmax_known", "log_normaliser"):
+        for name in ("argmax_known", "true"):
             assert torch.allclose(getattr(found, name), torch.cat([getattr(expected[s.id], name) for s in batch]))
         monkeypatch.setattr(teacher, "argmax_known", None)  # not called again
         monkeypatch.setattr(teacher, "log_normaliser", None)
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-3])  # 1e-3: every row is too near to tell in bfloat16
+@pytest.mark.parametrize("spread", [1.0, 0.02])  # 0.02: nearly every row is too near to tell in bfloat16
 def test_the_quick_argmax_equals_the_plain_one(monkeypatch, spread):
     monkeypatch.setattr(draft_teacher, "cpu_multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(draft_teacher, "BLOCK", 100)

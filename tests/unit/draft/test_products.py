@@ -1,0 +1,54 @@
+"""Products whose rows are filled up: the same values and gradients as without."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from eagle3_offline.draft.model import RMSNorm
+from eagle3_offline.draft.products import filled, linear, round_up
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, 0), (1, 1), (31, 31), (33, 34), (63, 64), (130, 136), (641, 672), (672, 672), (673, 704)]
+)
+def test_a_count_has_five_significant_bits(count, expected):
+    assert round_up(count) == expected
+
+
+def test_few_counts_are_left_and_few_rows_are_added():
+    counts = range(16, 4097)
+    assert len({round_up(n) for n in counts}) <= 16 * 8 + 1
+    assert all(n <= round_up(n) <= n * 17 / 16 for n in counts)
+
+
+@pytest.mark.parametrize("rows", [0, 5, 33, 71])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_filled_product_and_its_gradients(rows, dtype):
+    torch.manual_seed(0)
+    x, weight, gradient = (torch.randn(shape).to(dtype) for shape in ((rows, 24), (40, 24), (rows, 40)))
+    assert (len(filled(x)) > rows) == (dtype == torch.bfloat16 and round_up(rows) > rows)
+    found, plain = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    out, expected = linear(*found), F.linear(*(t.double() for t in plain))
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    error = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert out.dtype == dtype and torch.allclose(out.double(), expected, atol=error, rtol=error)
+    for mine, other in zip(found, plain, strict=True):
+        assert torch.allclose(mine.grad.double(), other.grad.double(), atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_norm_is_torchs(dtype):
+    torch.manual_seed(0)
+    ours = RMSNorm(24, eps=1e-5).to(dtype)
+    ours.weight.data.normal_()
+    theirs = torch.nn.RMSNorm(24, eps=1e-5).double()
+    theirs.weight.data.copy_(ours.weight.data)
+    x, gradient = torch.randn(7, 24).to(dtype), torch.randn(7, 24).to(dtype)
+    mine, other = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, expected = ours(mine), theirs(other)
+    out.backward(gradient)
+    expected.backward(gradient.double())
+    error = {torch.bfloat16: 3e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    for a, b in ((out, expected), (mine.grad, other.grad), (ours.weight.grad, theirs.weight.grad)):
+        assert a.dtype == dtype and torch.allclose(a.double(), b.double(), atol=error, rtol=error)
