@@ -23,7 +23,8 @@ from .products import Linear, filled
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits in fp32 that exist at a time
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # logits that exist at a time
+PART_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # of these in fp32: on a CPU few enough for its caches
 
 
 @dataclass(frozen=True)
@@ -111,20 +112,24 @@ class RowTerms:
 
 
 class _BlockedHead(torch.autograd.Function):
-    """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: logits live one block at a time."""
+    """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: logits live a block at a time, in fp32 a part of one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, terms: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: ANN001
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         total, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=wide)  # small blocks' parts would be lost in a narrow sum
-        rows = max(1, BLOCK_ELEMENTS[x.device.type] // len(weight))
+        rows, few = (max(1, elements[x.device.type] // len(weight)) for elements in (BLOCK_ELEMENTS, PART_ELEMENTS))
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
             inputs = filled(block)
-            loss, gradient = terms((inputs @ weight.T)[: len(block)].to(wide), start)
-            total += loss
-            gradient = filled(gradient.to(x.dtype))
+            gradient = inputs @ weight.T  # logits, and part by part their gradient
+            for first in range(0, len(block), few):
+                part = gradient[first : min(first + few, len(block))]
+                loss, of_part = terms(part.to(wide), start + first)
+                total += loss
+                part.copy_(of_part)
+            gradient[len(block) :] = 0
             dx[start : start + rows] = (gradient @ weight)[: len(block)]
             if wide == x.dtype:
                 dw.addmm_(gradient.T, inputs)

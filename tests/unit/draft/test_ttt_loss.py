@@ -154,6 +154,7 @@ def module_loss(head, samples, embed, lm_head, target_ids, normalisation, loss):
 @pytest.mark.parametrize("loss", ["soft cross-entropy", "lk-alpha", "lk-lambda"])
 def test_loss_and_gradients_equal_the_plain_loop(head, sample, embed, lm_head, target_ids, loss, normalisation, block_rows, monkeypatch):
     monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", block_rows * len(target_ids))
+    monkeypatch.setitem(draft_loss.PART_ELEMENTS, "cpu", 2 * len(target_ids))  # blocks of 3 rows end in a part of 1
     samples = [sample, make_sample("second", 10, ((4, 9),), seed=8), make_sample("no live row", 5, ((3, 4),), seed=9)]
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
     plain = plain_loss(PlainDraft(weights, 4, 2, 8), samples, embed, lm_head, target_ids, normalisation, loss)
