@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .batch import DraftBatch
-from .products import Linear, filled
+from .products import Linear, filled, round_up
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
@@ -112,29 +112,29 @@ class RowTerms:
 
 
 class _BlockedHead(torch.autograd.Function):
-    """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: logits live a block at a time, in fp32 a part of one."""
+    """sum of terms(x @ weight.T) over blocks of rows, its gradients made on the way: one block of logits lives, in fp32 one part of it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, terms: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: ANN001
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
         total, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=wide)  # small blocks' parts would be lost in a narrow sum
-        rows, few = (max(1, elements[x.device.type] // len(weight)) for elements in (BLOCK_ELEMENTS, PART_ELEMENTS))
-        for start in range(0, len(x), rows):
-            block = x[start : start + rows]
+        block_rows = round_up(max(1, BLOCK_ELEMENTS[x.device.type] // len(weight)))
+        part_rows = max(1, PART_ELEMENTS[x.device.type] // len(weight))
+        for start in range(0, len(x), block_rows):
+            block = x[start : start + block_rows]
             inputs = filled(block)
-            gradient = inputs @ weight.T  # logits, and part by part their gradient
-            for first in range(0, len(block), few):
-                part = gradient[first : min(first + few, len(block))]
-                loss, of_part = terms(part.to(wide), start + first)
+            values = inputs @ weight.T  # logits, and part by part their gradient; 0 where rows were filled in
+            for first in range(0, len(block), part_rows):
+                part = values[first : min(first + part_rows, len(block))]
+                loss, gradient = terms(part.to(wide), start + first)
                 total += loss
-                part.copy_(of_part)
-            gradient[len(block) :] = 0
-            dx[start : start + rows] = (gradient @ weight)[: len(block)]
+                part.copy_(gradient)
+            dx[start : start + block_rows] = (values @ weight)[: len(block)]
             if wide == x.dtype:
-                dw.addmm_(gradient.T, inputs)
+                dw.addmm_(values.T, inputs)
             else:
-                dw += gradient.T @ inputs
+                dw += values.T @ inputs
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return total
 

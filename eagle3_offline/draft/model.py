@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .batch import DraftBatch
 from .loss import RowTerms, VocabularyHead
-from .products import Linear, linear
+from .products import Linear, filled, linear
 from .sdpa import wide
 from .settings import DraftSettings
 
@@ -71,10 +71,10 @@ class Attention(nn.Module):
         super().__init__()
         width, head_dim = settings.hidden_size, settings.head_dim
         self.head_dim = head_dim
-        self.q_proj = Projection(2 * width, settings.num_attention_heads * head_dim, bias=False)
-        self.k_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
-        self.v_proj = Projection(2 * width, settings.num_key_value_heads * head_dim, bias=False)
-        self.o_proj = Linear(settings.num_attention_heads * head_dim, width, bias=False)
+        self.q_proj = Projection(2 * width, settings.num_attention_heads * head_dim)
+        self.k_proj = Projection(2 * width, settings.num_key_value_heads * head_dim)
+        self.v_proj = Projection(2 * width, settings.num_key_value_heads * head_dim)
+        self.o_proj = Linear(settings.num_attention_heads * head_dim, width)
 
 
 class _Norm(torch.autograd.Function):
@@ -123,12 +123,13 @@ class _GatedSilu(torch.autograd.Function):
 class MLP(nn.Module):
     def __init__(self, settings: DraftSettings):
         super().__init__()
-        self.gate_proj = Linear(settings.hidden_size, settings.intermediate_size, bias=False)
-        self.up_proj = Linear(settings.hidden_size, settings.intermediate_size, bias=False)
-        self.down_proj = Linear(settings.intermediate_size, settings.hidden_size, bias=False)
+        self.gate_proj = Linear(settings.hidden_size, settings.intermediate_size)
+        self.up_proj = Linear(settings.hidden_size, settings.intermediate_size)
+        self.down_proj = Linear(settings.intermediate_size, settings.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
+        rows = filled(x)  # here, or each product would keep filled rows of its own
+        return self.down_proj(_GatedSilu.apply(self.gate_proj(rows), self.up_proj(rows)))[: len(x)]
 
 
 class Layer(nn.Module):
@@ -195,10 +196,10 @@ class DraftHead(nn.Module):
             self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
         if settings.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(settings.target_width, eps=settings.rms_norm_eps) for _ in settings.layers)
-        self.fc = Linear(settings.aux_width, settings.hidden_size, bias=False)
+        self.fc = Linear(settings.aux_width, settings.hidden_size)
         self.midlayer = Layer(settings)
         self.norm = RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
-        self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size, bias=False)
+        self.lm_head = VocabularyHead(settings.hidden_size, settings.draft_vocab_size)
 
     def features(self, aux: Tensor) -> Tensor:
         """g [n, H] of captured states (or their projection) [n, A], before the first step."""

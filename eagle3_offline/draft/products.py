@@ -50,5 +50,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """Without a bias, by `linear`."""
 
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)

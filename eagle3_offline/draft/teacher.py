@@ -20,7 +20,7 @@ from .products import filled
 
 BLOCK = 4096  # rows of W per block: neither [n, V] nor W in fp32 ever exists
 CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
-BFLOAT16_ERROR = 2**-8  # relative, of a rounded bfloat16 result: twice its bound
+BFLOAT16_ERROR = 2**-8  # relative bound of a rounded bfloat16 result
 OUTSIDE = -1e30  # logit of a kept token that the draft cannot propose: no mass, yet finite
 
 
@@ -101,6 +101,7 @@ class FullTeacher:
 
         Without a bias they rank as the logits do. The other tokens' are made in bfloat16, a third of the time: products of bfloat16 states
         are exact, so that only the result is rounded; where two maxima are too near, tokens that may be the largest are done again.
+        Of two that are equal the one outside counts.
         """
         if not self.quick or last.dtype != torch.bfloat16:
             return self.known[argmax(last, self.weight, self.transform)]
@@ -113,7 +114,8 @@ class FullTeacher:
         error = BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
         near = (inside - outside).abs() <= error
         if near.any():
-            known[near] = inside[near] > self._largest_outside(last[near], (outside - error)[near])
+            least = outside - 2 * error  # the largest may have been rounded down, and outside's up
+            known[near] = inside[near] > self._largest_outside(last[near], least[near])
         return known
 
     def _largest_outside(self, last: Tensor, least: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def start(timeout_minutes: float) -> Ranks:
         env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     elif int(env["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise UserError(f"rank {env['LOCAL_RANK']} (from 0) has no GPU: its node has {torch.cuda.device_count()}; start fewer ranks")
+    # Else cuBLAS may add up parts of a bfloat16 product that are rounded themselves; draft/teacher.py relies on one rounding.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     import deepspeed
 
     # On a CPU DeepSpeed would compile this operator for a minute and never use it.

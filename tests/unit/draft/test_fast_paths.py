@@ -140,3 +140,23 @@ def test_the_quick_argmax_equals_the_plain_one(monkeypatch, spread):
     expected = torch.isin(argmax(last, weight.float()), target_ids)
     found = teacher.argmax_known(last, last.float() @ weight.float()[target_ids].T)
     assert torch.equal(found, expected) and expected.any() and not expected.all()
+
+
+def test_the_quick_argmax_bears_every_error_within_the_bound(monkeypatch):
+    """Rounding that differs from call to call, as it does between numbers of rows."""
+    monkeypatch.setattr(draft_teacher, "cpu_multiplies_bfloat16", lambda: True)
+
+    def rounded(last, weight, dtype=torch.float32):
+        z = last.float() @ weight.float().T
+        error = draft_teacher.BFLOAT16_ERROR * (2 * torch.rand(z.shape) - 1).sign() if dtype == torch.bfloat16 else 0.0
+        yield slice(0, len(weight)), z * (1 + error)
+
+    torch.manual_seed(0)
+    weight, last = (1 + 0.02 * torch.randn(500, 32)).bfloat16(), (1 + torch.randn(500, 32)).bfloat16()
+    target_ids = torch.arange(0, 500, 2)
+    expected = torch.isin(argmax(last, weight.float()), target_ids)
+    monkeypatch.setattr(draft_teacher, "_blocks", rounded)
+    teacher = FullTeacher(weight, target_ids)
+    products = last.float() @ weight.float()[target_ids].T
+    found = [teacher.argmax_known(last[i : i + 1], products[i : i + 1]) for i in range(len(last))]  # else rows lend each other candidates
+    assert torch.equal(torch.cat(found), expected)

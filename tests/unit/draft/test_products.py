@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft.model import RMSNorm
 from eagle3_offline.draft.products import filled, linear, round_up
 
@@ -35,6 +36,31 @@ def test_a_filled_product_and_its_gradients(rows, dtype):
     assert out.dtype == dtype and torch.allclose(out.double(), expected, atol=error, rtol=error)
     for mine, other in zip(found, plain, strict=True):
         assert torch.allclose(mine.grad.double(), other.grad.double(), atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 41])
+def test_the_head_in_blocks_and_parts(dtype, rows, monkeypatch):
+    """Of 41 rows blocks of 34 and 7, in parts of 5; the loss is a sum of squares, its gradient twice the logits."""
+    monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", 33 * 40)
+    monkeypatch.setitem(draft_loss.PART_ELEMENTS, "cpu", 5 * 40)
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    starts = []
+
+    def terms(logits, start):
+        starts.append((start, len(logits)))
+        return logits.square().sum(), 2 * logits
+
+    (mine, own), (other, whole) = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    loss = draft_loss._BlockedHead.apply(mine, own, terms)
+    expected = (other.double() @ whole.double().T).square().sum()
+    loss.backward()
+    expected.backward()
+    assert starts == ([(0, 5), (5, 5), (10, 5), (15, 5), (20, 5), (25, 5), (30, 4), (34, 5), (39, 2)] if rows else [])
+    error = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for found, wanted in ((loss, expected), (mine.grad, other.grad), (own.grad, whole.grad)):
+        assert (found.double() - wanted.double()).norm() <= error * wanted.double().norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
