@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .batch import DraftBatch
 from .products import Linear, filled, round_up
+from .sdpa import wide
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
@@ -116,22 +117,22 @@ class _BlockedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, terms: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: ANN001
-        wide = x.dtype if x.dtype == torch.float64 else torch.float32
-        total, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(x)
-        dw = torch.zeros_like(weight, dtype=wide)  # small blocks' parts would be lost in a narrow sum
-        block_rows = round_up(max(1, BLOCK_ELEMENTS[x.device.type] // len(weight)))
-        part_rows = max(1, PART_ELEMENTS[x.device.type] // len(weight))
+        dtype = wide(x)
+        total, dx = torch.zeros((), dtype=dtype, device=x.device), torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=dtype)  # small blocks' parts would be lost in a narrow sum
+        sizes = BLOCK_ELEMENTS[x.device.type], PART_ELEMENTS[x.device.type]
+        block_rows, part_rows = (round_up(max(1, elements // len(weight))) for elements in sizes)
         for start in range(0, len(x), block_rows):
             block = x[start : start + block_rows]
             inputs = filled(block)
             values = inputs @ weight.T  # logits, and part by part their gradient; 0 where rows were filled in
             for first in range(0, len(block), part_rows):
                 part = values[first : min(first + part_rows, len(block))]
-                loss, gradient = terms(part.to(wide), start + first)
+                loss, gradient = terms(part.to(dtype), start + first)
                 total += loss
                 part.copy_(gradient)
             dx[start : start + block_rows] = (values @ weight)[: len(block)]
-            if wide == x.dtype:
+            if dtype == x.dtype:
                 dw.addmm_(values.T, inputs)
             else:
                 dw += values.T @ inputs

@@ -19,9 +19,14 @@ def round_up(count: int) -> int:
     return -(-count // unit) * unit
 
 
+def _compiled(x: Tensor) -> bool:
+    """Whether products of x are compiled for their shape."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def filled(x: Tensor) -> Tensor:
     """x [n, m] itself where its shape costs nothing, else with rows of zeros up to a rounded count."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+    if not _compiled(x):
         return x
     missing = round_up(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, missing)) if missing else x
@@ -44,7 +49,7 @@ class _FilledLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T [n, out] of x [n, in] and weight [out, in]."""
-    return _FilledLinear.apply(x, weight) if x.device.type == "cpu" and x.dtype == torch.bfloat16 else F.linear(x, weight)
+    return _FilledLinear.apply(x, weight) if _compiled(x) else F.linear(x, weight)
 
 
 class Linear(nn.Linear):
