@@ -206,9 +206,10 @@ class TrainConfig:
     keep_epochs: bool = opt(False, "also write and keep a checkpoint at the end of each epoch")
     publish: Literal["last", "best"] = opt("last", "which weights become the draft: the last step's, or those with the best held-out tau")
     early_stop: int = opt(0, "end when so many evaluations in a row bring no better held-out tau; 0: never")
-    attention: Literal["auto", "reference", "blockwise", "flex", "sdpa"] = opt(
+    attention: Literal["auto", "reference", "blockwise", "flex", "flash", "sdpa"] = opt(
         "auto",
-        "reference: all scores of a conversation; blockwise: little memory; flex, sdpa: fused kernels of a GPU, a CPU; auto: the fittest",
+        "reference: all scores of a conversation; blockwise: little memory; flex, flash (bfloat16): fused kernels of a GPU; "
+        "sdpa: of a CPU; auto: the fittest of the others",
     )
     checkpoint_activations: bool = opt(False, "make each unroll step's activations again in the backward pass: less memory, more time")
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")

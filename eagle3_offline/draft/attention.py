@@ -14,7 +14,8 @@ Backends:
     reference   scores [n, T + k] of a conversation, one softmax over all
     blockwise   the part of the step-0 keys in blocks of rows, made again in the backward pass: no [n, T] stays in memory
     flex        that part by torch's flex_attention, a fused kernel on a GPU; on a CPU it has no gradient and is slow
-    sdpa        that part by a fused kernel on a CPU, draft/sdpa.py
+    sdpa        that part by a fused kernel on a CPU, draft/fused.py
+    flash       that part by FlashAttention on a GPU, in bfloat16, draft/fused.py
 
 All but the first have the step-0 part with the log-sum-exp of its scores, by which it is weighed against the own keys.
 """
@@ -29,11 +30,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from .sdpa import sdpa, wide
+from ..records import UserError
+from .fused import FlashKernel, MaskedKernel, fused, wide
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks on a GPU
 GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
 BLOCK_SCORES = {"cpu": 2**21, "cuda": 2**25}  # h x b x T of a block
+DEVICES = {"sdpa": "cpu", "flash": "cuda"}  # backends of one sort of device
 
 
 class Conversation(NamedTuple):
@@ -49,38 +52,55 @@ def attend(
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
+    own_keys: Tensor,
+    own_values: Tensor,
     conversations: list[Conversation] | None = None,
     backend: str = "reference",
 ) -> Tensor:
     """Attention of a batch's conversations, each within itself. Returns [n, h, d].
 
     query [n, h, d] of the rows `rows` [n], indices into the step-0 rows, ascending within a conversation; keys, values [T, kv, d];
-    own_keys, own_values: per later step 1..k the rows' own [n, kv, d]. No conversations: all rows are one.
+    own_keys, own_values [n, kv, k, d]: the rows' own of the later steps 1..k. No conversations: all rows are one.
     auto: sdpa on a CPU; elsewhere the reference, or by blocks where a conversation is long.
     """
     if backend == "auto" and query.device.type == "cpu":
         backend = "sdpa"
+    if query.device.type != DEVICES.get(backend, query.device.type):
+        raise UserError(
+            f"train.attention is {backend}, whose kernel is for {DEVICES[backend]}, and the draft is on {query.device}: leave it at auto"
+        )
     conversations = conversations or [Conversation(0, len(keys), len(query))]
     query = query * query.shape[-1] ** -0.5
     if backend == "flex":
         return _merged(*_step_zero_flex(query, rows, keys, values, conversations), query, own_keys, own_values)
+    if backend == "flash":
+        bounds = [c.start for c in conversations] + [conversations[-1].stop]
+        return fused(FlashKernel(rows, bounds), query, keys, values, own_keys, own_values)
     pieces, first = [], 0
     for group in _neighbours(conversations, backend):
         start, stop, count = group[0].start, group[-1].stop, sum(c.count for c in group)
         mine = slice(first, first + count)
         first += count
         one = query[mine], rows[mine] - start, keys[start:stop], values[start:stop]
-        own = [x[mine] for x in own_keys], [x[mine] for x in own_values]
+        own = own_keys[mine], own_values[mine]
         begins = _begins(group, rows.device) - start if len(group) > 1 else None
         if backend == "sdpa":
-            pieces.append(sdpa(one[0], _hidden(one[1], stop - start, begins), *one[2:], *own))
+            pieces.append(fused(MaskedKernel(_hidden(one[1], stop - start, begins)), one[0], *one[2:], *own))
         elif _by_blocks(group[0], backend):
             pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
         else:
             pieces.append(_reference(*one, *own, begins))
     return torch.cat(pieces)
+
+
+def no_own(keys: Tensor, count: int) -> Tensor:
+    """[count, kv, 0, d]: the own keys (or values) of rows at step 0, beside keys (or values) [T, kv, d]."""
+    return keys.new_zeros(count, keys.shape[1], 0, keys.shape[2])
+
+
+def with_own(own: Tensor, new: Tensor) -> Tensor:
+    """[n, kv, k + 1, d]: those of the steps before [n, kv, k, d], and this one's [n, kv, d]."""
+    return torch.cat((own, new[:, :, None]), dim=2)
 
 
 def _by_blocks(conversation: Conversation, backend: str) -> bool:
@@ -111,17 +131,13 @@ def _begins(conversations: list[Conversation], device: torch.device) -> Tensor:
 
 
 def _reference(
-    query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: list[Tensor], own_values: list[Tensor],
-    begins: Tensor | None = None,
+    query: Tensor, rows: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, begins: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One conversation, or several of which each query row's begins at the key `begins` [n]."""
     grouped, scores = _step_zero_scores(query, rows, keys, begins)
-    if own_keys:
-        scores = torch.cat((scores, _own_scores(grouped, own_keys)), dim=-1)  # [n, kv, g, T + k]
+    scores = torch.cat((scores, grouped @ own_keys.mT), dim=-1)  # [n, kv, g, T + k]
     weights = scores.softmax(-1, dtype=wide(scores)).to(values.dtype)
-    out = torch.einsum("nkgt,tkd->nkgd", weights[..., : len(keys)], values)
-    for step, value in enumerate(own_values):
-        out = out + weights[..., len(keys) + step, None] * value[:, :, None]
+    out = torch.einsum("nkgt,tkd->nkgd", weights[..., : len(keys)], values) + weights[..., len(keys) :] @ own_values
     return out.flatten(1, 2)  # [n, h, d]
 
 
@@ -139,25 +155,16 @@ def _hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
     return future if begins is None else future | (places < begins[:, None])  # other conversations
 
 
-def _own_scores(grouped: Tensor, own_keys: list[Tensor]) -> Tensor:
-    """[n, kv, g, k]"""
-    return torch.stack([(grouped * key[:, :, None]).sum(-1) for key in own_keys], dim=-1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The step-0 part with its log-sum-exp, and the own keys merged into it
 
 
-def _merged(out: Tensor, log_sum: Tensor, query: Tensor, own_keys: list[Tensor], own_values: list[Tensor]) -> Tensor:
+def _merged(out: Tensor, log_sum: Tensor, query: Tensor, own_keys: Tensor, own_values: Tensor) -> Tensor:
     """[n, h, d] of the step-0 part's output [n, h, d], the log-sum-exp [n, h] of its scores, and the own keys and values."""
-    if not own_keys:
-        return out
-    own = _own_scores(query.unflatten(1, (own_keys[0].shape[1], -1)), own_keys).flatten(1, 2)  # [n, h, k]
-    weights = torch.cat((log_sum[..., None], own.to(log_sum.dtype)), dim=-1).softmax(-1).to(out.dtype)  # [n, h, 1 + k]
-    merged = (weights[..., :1] * out).unflatten(1, (own_keys[0].shape[1], -1))  # [n, kv, g, d]
-    for step, value in enumerate(own_values):
-        merged = merged + weights.unflatten(1, (value.shape[1], -1))[..., step + 1, None] * value[:, :, None]
-    return merged.flatten(1, 2)
+    grouped, out = (x.unflatten(1, (own_keys.shape[1], -1)) for x in (query, out))  # [n, kv, g, d]
+    own = (grouped @ own_keys.mT).to(log_sum.dtype)  # [n, kv, g, k]
+    weights = torch.cat((log_sum.view(*own.shape[:3], 1), own), dim=-1).softmax(-1).to(out.dtype)  # [n, kv, g, 1 + k]
+    return (weights[..., :1] * out + weights[..., 1:] @ own_values).flatten(1, 2)
 
 
 def _step_zero_blockwise(query: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .batch import DraftBatch
+from .fused import wide
 from .products import Linear, filled, round_up
-from .sdpa import wide
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it

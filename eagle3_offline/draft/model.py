@@ -18,9 +18,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .batch import DraftBatch
+from .fused import wide
 from .loss import RowTerms, VocabularyHead
 from .products import Linear, filled, linear
-from .sdpa import wide
 from .settings import DraftSettings
 
 

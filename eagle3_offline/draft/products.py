@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BITS = 4  # of a count that may be other than 0: at most an eighth of the rows is filled in
+BITS = 3  # of a count that may be other than 0: at most a quarter of the rows is filled in
 
 
 def round_up(count: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attend
+from .attention import attend, no_own, with_own
 from .model import DraftHead
 
 
@@ -31,20 +31,22 @@ class ChainDrafter:
         key, value = layer.key_value(projected, g, self._of_state, positions)
         self.keys, self.values = torch.cat((self.keys, key)), torch.cat((self.values, value))
         query = layer.query(projected[-1:], g[-1:], self._of_state, positions[-1:])
-        attended = attend(query, positions[-1:], self.keys, self.values, [], [])
+        own = no_own(self.keys, 1)
+        attended = attend(query, positions[-1:], self.keys, self.values, own, own)
         self._newest = self.head.outputs(layer.finish(g[-1:], attended))
 
     @torch.no_grad()
     def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
         """Logits [D] of `length` drafted positions after the newest row. `follow`: tokens to read instead of the own drafts."""
         layer, row = self.head.midlayer, len(self.keys) - 1
-        (state, g), own_keys, own_values, logits = self._newest, [], [], []
+        (state, g), own_keys, logits = self._newest, no_own(self.keys, 1), []
+        own_values = own_keys
         for step in range(length):
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])
                 token, position = torch.tensor([token], device=g.device), torch.tensor([row + step], device=g.device)
                 query, key, value = layer.query_key_value(self._projected(token), g, self._of_state, position)
-                own_keys, own_values = [*own_keys, key], [*own_values, value]
+                own_keys, own_values = with_own(own_keys, key), with_own(own_values, value)
                 attended = attend(query, position - step, self.keys, self.values, own_keys, own_values)
                 state, g = self.head.outputs(layer.finish(g, attended))
             logits.append(self.head.lm_head(state)[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Conversation, attend
+from .attention import Conversation, attend, no_own, with_own
 from .batch import DraftBatch
 from .model import DraftHead
 
@@ -32,12 +32,11 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     of_embedding, of_state = layer.halves()
     projected = layer.project(head.embedded(batch.tokens, embed).to(dtype), of_embedding)  # row p reads p + k's at step k
     keys, values = layer.key_value(projected, g, of_state, batch.positions)  # [N, kv, d], what every step attends to
-    own_keys: list[Tensor] = []
-    own_values: list[Tensor] = []
+    own_keys = own_values = no_own(keys, len(keys))
     states = []
     for k in range(steps):
         kept = batch.steps[k].kept
-        inputs = g[kept], projected, of_state, keys, values, [x[kept] for x in own_keys], [x[kept] for x in own_values]
+        inputs = _at(g, kept), projected, of_state, keys, values, _at(own_keys, kept), _at(own_values, kept)
         if head.checkpoint_activations and torch.is_grad_enabled():
             state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
         else:
@@ -48,20 +47,40 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
 
 def _step(
     head: DraftHead, batch: DraftBatch, k: int, g: Tensor, projected: Tensor, of_state: Tensor, keys: Tensor, values: Tensor,
-    own_keys: list[Tensor], own_values: list[Tensor],
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    own_keys: Tensor, own_values: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One step of the rows that are alive: what lm_head reads, the next g, and the rows' own keys and values, this step's included.
 
-    g [n_k, H]; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values: per step 1..k-1 [n_k, kv, d].
+    g [n_k, H]; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values [n_k, kv, k - 1, d] of the steps 1..k-1.
     """
     layer, step = head.midlayer, batch.steps[k]
-    mixed = projected[step.rows + k], g, of_state, step.positions
+    mixed = _at(projected, step.rows + k), g, of_state, step.positions
     if k == 0:
         query = layer.query(*mixed)
     else:
         query, key, value = layer.query_key_value(*mixed)
-        own_keys, own_values = [*own_keys, key], [*own_values, value]
+        own_keys, own_values = with_own(own_keys, key), with_own(own_values, value)
     conversations = [Conversation(*segment, count) for segment, count in zip(batch.segments, step.counts, strict=True)]
     attended = attend(query, step.rows, keys, values, own_keys, own_values, conversations, head.attention)
     state, g = head.outputs(layer.finish(g, attended))
     return state, g, own_keys, own_values
+
+
+class _Rows(torch.autograd.Function):
+    """x[rows] of rows that are all different. Their gradients are written side by side, where autograd would add one after the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, gradient), None
+
+
+def _at(x: Tensor, rows: Tensor) -> Tensor:
+    """[n_k, ...] of x [n, ...]."""
+    return _Rows.apply(x, rows)

@@ -31,8 +31,8 @@ def start(timeout_minutes: float) -> Ranks:
     env.setdefault("MASTER_PORT", str(free_port()))
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
-        # Kernels that bfloat16 products keep, megabytes each: about a step's (draft/products.py). Read at the process's first product.
-        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        # Kernels that bfloat16 products keep: about those of all row counts (draft/products.py). Read at the process's first product.
+        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")
     elif int(env["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise UserError(f"rank {env['LOCAL_RANK']} (from 0) has no GPU: its node has {torch.cuda.device_count()}; start fewer ranks")
     # Else cuBLAS may add up parts of a bfloat16 product that are rounded themselves; draft/teacher.py relies on one rounding.

@@ -77,3 +77,14 @@ def make_sample(name: str, length: int, turns: tuple, seed: int) -> Sample:
 @pytest.fixture
 def sample() -> Sample:
     return make_sample("hand-made", 12, TURNS, seed=4)
+
+
+@pytest.fixture
+def samples(sample):
+    """The hand-made one, one without a live row, and two more."""
+    return [
+        sample,
+        make_sample("b", 10, ((4, 9),), seed=8),
+        make_sample("dead", 5, ((3, 4),), seed=9),
+        make_sample("c", 12, ((2, 12),), 7),
+    ]

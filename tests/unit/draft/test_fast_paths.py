@@ -9,20 +9,7 @@ from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.teacher import FullTeacher, argmax
 from eagle3_offline.draft.unroll import unroll
 
-from .conftest import make_sample
-
 K = 3
-
-
-@pytest.fixture
-def samples(sample):
-    """The hand-made one, one without a live row, and two more."""
-    return [
-        sample,
-        make_sample("b", 10, ((4, 9),), seed=8),
-        make_sample("dead", 5, ((3, 4),), seed=9),
-        make_sample("c", 12, ((2, 12),), 7),
-    ]
 
 
 def gradients(head, samples, embed):
@@ -63,26 +50,33 @@ def test_sdpa_equals_the_reference(head, samples, embed, monkeypatch):
         assert_equal(found["sdpa"], found["reference"])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_sdpa_in_narrow_dtypes(dtype, tolerance):
+@pytest.mark.parametrize(
+    "fast, device, dtype, tolerance",
+    [
+        ("sdpa", "cpu", torch.float32, 1e-5),
+        ("sdpa", "cpu", torch.bfloat16, 2e-2),
+        pytest.param("flash", "cuda", torch.bfloat16, 2e-2, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_a_fused_kernel_in_narrow_dtypes(fast, device, dtype, tolerance):
     """Against the reference in float64, relative to the largest value: a conversation of 30 rows, 20 of them live, at step 2."""
     torch.manual_seed(0)
-    shapes = [(20, 6, 8), (30, 2, 8), (30, 2, 8)] + 4 * [(20, 2, 8)]  # query, keys, values, two own keys, two own values
-    given, upstream = [torch.randn(shape).to(dtype) for shape in shapes], torch.randn(20, 6, 8).to(dtype)
+    shapes = [(20, 6, 8), (30, 2, 8), (30, 2, 8), (20, 2, 2, 8), (20, 2, 2, 8)]  # query, keys, values, two own keys, two own values
+    given, upstream = [torch.randn(shape).to(device, dtype) for shape in shapes], torch.randn(20, 6, 8).to(device, dtype)
     found = {}
-    for backend, of in (("reference", torch.float64), ("sdpa", dtype)):
-        query, keys, values, *own = leaves = [tensor.to(of).requires_grad_() for tensor in given]
-        out = attention.attend(query, torch.arange(5, 25), keys, values, own[:2], own[2:], backend=backend)
+    for backend, of in (("reference", torch.float64), (fast, dtype)):
+        query, *others = leaves = [tensor.to(of).requires_grad_() for tensor in given]
+        out = attention.attend(query, torch.arange(5, 25, device=device), *others, backend=backend)
         out.backward(upstream.to(of))
         found[backend] = [out.detach(), *(leaf.grad for leaf in leaves)]
-    for a, b in zip(found["sdpa"], found["reference"], strict=True):
+    for a, b in zip(found[fast], found["reference"], strict=True):
         assert a.dtype == dtype
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
 
 
 def test_auto_is_sdpa_on_a_cpu(head, samples, embed, monkeypatch):
-    calls, plain = [], attention.sdpa
-    monkeypatch.setattr(attention, "sdpa", lambda query, *more: calls.append(len(query)) or plain(query, *more))
+    calls, plain = [], attention.MaskedKernel.forward
+    monkeypatch.setattr(attention.MaskedKernel, "forward", lambda self, query, *more: calls.append(len(query)) or plain(self, query, *more))
     assert head.attention == "auto"
     unroll(head, collate(samples, K), embed, 1)
     assert calls == [5 + 4 + 0 + 9]

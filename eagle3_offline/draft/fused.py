@@ -1,0 +1,144 @@
+"""Attention of a chain through fused kernels: the one behind scaled_dot_product_attention on a CPU, FlashAttention on a GPU.
+
+Legend as draft/attention.py. A row's scores are s_j over step-0 keys and its own, L their log-sum-exp, P_j = exp(s_j - L) and
+O = sum_j P_j v_j. Then
+
+    dS_j = P_j (dO . v_j - dO . O),   dv_j = P_j dO
+
+for either sort of key. So a kernel's backward pass, given L and O of all keys instead of those of the step-0 keys that it is
+called with, gives these keys' share of the gradients, and neither scores nor weights are kept between the passes (the trick of
+ring attention, arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH = torch.ops.aten._flash_attention_forward
+_FLASH_BACKWARD = torch.ops.aten._flash_attention_backward
+
+
+class Kernel(Protocol):
+    """Attention over the step-0 keys: query [n, h, d], keys and values [T, kv, d]."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [n, h, d], and the log-sum-exp [n, h] of the scores in fp32 or wider."""
+
+    def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of query, keys and values; `gradient` [n, h, d] is that of `out`, over more keys, whose log-sum-exp is log_sum."""
+
+
+class MaskedKernel:
+    """The CPU's, which takes any mask, in fp32 or wider."""
+
+    def __init__(self, hidden: Tensor):
+        """hidden [n, T] bool: step-0 keys that a row does not see; it sees one at least."""
+        self.hidden = hidden
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        out, log_sum = _CPU(*_heads_first(query, keys, values), attn_mask=self._bias(query), scale=1.0)
+        return out[0].transpose(0, 1), log_sum[0].T
+
+    def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+        found = _CPU_BACKWARD(*_heads_first(gradient, query, keys, values, out, log_sum), 0.0, False,
+                              attn_mask=self._bias(query), scale=1.0)  # fmt: skip
+        return tuple(x[0].transpose(0, 1) for x in found)
+
+    def _bias(self, query: Tensor) -> Tensor:
+        """[n, T] what is added to scores."""
+        return torch.zeros(self.hidden.shape, dtype=wide(query)).masked_fill_(self.hidden, float("-inf"))
+
+
+class FlashKernel:
+    """FlashAttention as torch brings it, in bfloat16, all conversations in one call.
+
+    Its causal mask knows no gaps between rows: a row without a query gets one of zeros and in the backward pass a gradient of
+    zeros, so that it adds nothing to any other's.
+    """
+
+    def __init__(self, rows: Tensor, bounds: list[int]):
+        """rows [n] of the queries among the step-0 rows; bounds: where each conversation starts, and the end of the last."""
+        self.rows = rows
+        self.bounds = torch.tensor(bounds, dtype=torch.int32, device=rows.device)
+        self.longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        out, log_sum, *_ = _FLASH(self._spread(query, keys), keys, values, *self._ranges(), return_debug_mask=False, scale=1.0)
+        return out[self.rows], log_sum.T[self.rows]
+
+    def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+        gradient, query, out, log_sum = (self._spread(x, keys) for x in (gradient, query, out, log_sum))
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+        dq, dk, dv = _FLASH_BACKWARD(
+            gradient, query, keys, values, out, log_sum.T.contiguous(), *self._ranges(), *no_dropout, scale=1.0
+        )  # fmt: skip
+        return dq[self.rows], dk, dv
+
+    def _ranges(self) -> tuple[Tensor, Tensor, int, int, float, bool]:
+        """Of queries and keys, the longest of either, dropout, causal."""
+        return self.bounds, self.bounds, self.longest, self.longest, 0.0, True
+
+    def _spread(self, x: Tensor, keys: Tensor) -> Tensor:
+        """[T, ...] of [n, ...]: zeros in between."""
+        return x.new_zeros(len(keys), *x.shape[1:]).index_copy_(0, self.rows, x)
+
+
+def fused(kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor) -> Tensor:
+    """[n, h, d] of scaled queries [n, h, d]; own_keys, own_values [n, kv, k, d]."""
+    return _ChainAttention.apply(kernel, query, keys, values, own_keys, own_values) if len(query) else query
+
+
+class _ChainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor) -> Tensor:  # noqa: ANN001
+        out, total = kernel.forward(query, keys, values)
+        if own_keys.shape[2]:
+            wide_query, wide_out = _widened(_by_head(query, keys), _by_head(out, keys))
+            wide_keys, wide_values = _widened(own_keys, own_values)
+            scores, log_sum = wide_query @ wide_keys.mT, _by_head(total[..., None], keys)  # [n, kv, g, k], [n, kv, g, 1]
+            whole = torch.logaddexp(log_sum, scores.logsumexp(-1, keepdim=True))
+            out = wide_out * (log_sum - whole).exp() + (scores - whole).exp() @ wide_values
+            out, total = out.flatten(1, 2), whole.flatten(1)
+        out = out.to(query.dtype)
+        ctx.kernel = kernel
+        ctx.save_for_backward(query, keys, values, own_keys, own_values, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+        query, keys, values, own_keys, own_values, out, total = ctx.saved_tensors
+        dq, dk, dv = ctx.kernel.backward(gradient, query, keys, values, out, total)
+        own_dk = own_dv = None
+        if own_keys.shape[2]:
+            query, gradient, out = _widened(*(_by_head(x, keys) for x in (query, gradient, out)))  # [n, kv, g, d]
+            wide_keys, wide_values = _widened(own_keys, own_values)
+            weights = (query @ wide_keys.mT - _by_head(total[..., None], keys)).exp()  # [n, kv, g, k]
+            scores = weights * (gradient @ wide_values.mT - (gradient * out).sum(-1, keepdim=True))  # their gradient
+            dq = dq + (scores @ wide_keys).flatten(1, 2)
+            own_dk, own_dv = (scores.mT @ query).to(own_keys), (weights.mT @ gradient).to(own_values)
+        return None, dq.to(keys), dk.to(keys), dv.to(values), own_dk, own_dv
+
+
+def _by_head(x: Tensor, keys: Tensor) -> Tensor:
+    """[n, kv, g, ...] of [n, h, ...]: queries by the key/value head that they read."""
+    return x.unflatten(1, (keys.shape[1], -1))
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[1, heads, rows, ...] of each [rows, heads, ...], in fp32 or wider."""
+    return [x.transpose(0, 1)[None].to(wide(x)) for x in tensors]
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """In fp32 or wider: a score rounded to bfloat16 is off by some per cent of its weight, and a CPU compiles such products for each n."""
+    return [x.to(wide(x)) for x in tensors]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype in which sums of such values are made: fp32, or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
