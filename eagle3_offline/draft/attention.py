@@ -22,6 +22,7 @@ All but the first have the step-0 part with the log-sum-exp of its scores, by wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from torch.utils.checkpoint import checkpoint
 
 from ..records import UserError
-from .fused import FlashKernel, MaskedKernel, fused, wide
+from .fused import FlashKernel, Masked, MaskedKernel, fused, wide
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks on a GPU
 GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
@@ -76,20 +77,18 @@ def attend(
     if backend == "flash":
         bounds = [c.start for c in conversations] + [conversations[-1].stop]
         return fused(FlashKernel(rows, bounds), query, keys, values, own_keys, own_values)
-    pieces, first = [], 0
-    for group in _neighbours(conversations, backend):
-        start, stop, count = group[0].start, group[-1].stop, sum(c.count for c in group)
-        mine = slice(first, first + count)
-        first += count
-        one = query[mine], rows[mine] - start, keys[start:stop], values[start:stop]
-        own = own_keys[mine], own_values[mine]
-        begins = _begins(group, rows.device) - start if len(group) > 1 else None
-        if backend == "sdpa":
-            pieces.append(fused(MaskedKernel(_hidden(one[1], stop - start, begins)), one[0], *one[2:], *own))
-        elif _by_blocks(group[0], backend):
+    groups = list(_groups(conversations, rows, backend))
+    if backend == "sdpa":
+        masked = [Masked(g.queries, g.keys, _hidden(g.rows, g.keys.stop - g.keys.start, g.begins)) for g in groups if len(g.rows)]
+        return fused(MaskedKernel(masked), query, keys, values, own_keys, own_values)
+    pieces = []
+    for group in groups:
+        one = query[group.queries], group.rows, keys[group.keys], values[group.keys]
+        own = own_keys[group.queries], own_values[group.queries]
+        if group.by_blocks:
             pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
         else:
-            pieces.append(_reference(*one, *own, begins))
+            pieces.append(_reference(*one, *own, group.begins))
     return torch.cat(pieces)
 
 
@@ -118,6 +117,26 @@ def _neighbours(conversations: list[Conversation], backend: str) -> list[list[Co
         else:
             groups.append([conversation])
     return groups
+
+
+class _Group(NamedTuple):
+    """Conversations that attend in one call."""
+
+    queries: slice
+    keys: slice  # their step-0 rows
+    rows: Tensor  # [queries] each query's row among these
+    begins: Tensor | None  # [queries] the first row of its conversation among these; None: they are one
+    by_blocks: bool
+
+
+def _groups(conversations: list[Conversation], rows: Tensor, backend: str) -> Iterator[_Group]:
+    first = 0
+    for group in _neighbours(conversations, backend):
+        start, stop, count = group[0].start, group[-1].stop, sum(c.count for c in group)
+        queries = slice(first, first + count)
+        first += count
+        begins = _begins(group, rows.device) - start if len(group) > 1 else None
+        yield _Group(queries, slice(start, stop), rows[queries] - start, begins, _by_blocks(group[0], backend))
 
 
 def _begins(conversations: list[Conversation], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ ring attention, arXiv 2310.01889).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward
 class Kernel(Protocol):
     """Attention over the step-0 keys: query [n, h, d], keys and values [T, kv, d]."""
 
+    widens: bool  # whether it is called with fp32 or wider
+
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Output [n, h, d], and the log-sum-exp [n, h] of the scores in fp32 or wider."""
 
@@ -33,25 +35,48 @@ class Kernel(Protocol):
         """Gradients of query, keys and values; `gradient` [n, h, d] is that of `out`, over more keys, whose log-sum-exp is log_sum."""
 
 
-class MaskedKernel:
-    """The CPU's, which takes any mask, in fp32 or wider."""
+class Masked(NamedTuple):
+    """Conversations that attend in one call, with one query at least."""
 
-    def __init__(self, hidden: Tensor):
-        """hidden [n, T] bool: step-0 keys that a row does not see; it sees one at least."""
-        self.hidden = hidden
+    queries: slice
+    keys: slice
+    hidden: Tensor  # [queries, keys] bool: those that a query does not see; it sees one at least
+
+
+class MaskedKernel:
+    """The CPU's, which takes any mask."""
+
+    widens = True
+
+    def __init__(self, groups: list[Masked]):
+        self.groups = groups
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        out, log_sum = _CPU(*_heads_first(query, keys, values), attn_mask=self._bias(query), scale=1.0)
-        return out[0].transpose(0, 1), log_sum[0].T
+        out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2])
+        for group in self.groups:
+            x = _heads_first(query[group.queries], keys[group.keys], values[group.keys])
+            found = _CPU(*x, attn_mask=_bias(group, query), scale=1.0)
+            out[group.queries], log_sum[group.queries] = (y[0].transpose(0, 1) for y in found)
+        return out, log_sum
 
     def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
-        found = _CPU_BACKWARD(*_heads_first(gradient, query, keys, values, out, log_sum), 0.0, False,
-                              attn_mask=self._bias(query), scale=1.0)  # fmt: skip
-        return tuple(x[0].transpose(0, 1) for x in found)
+        dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+        for group in self.groups:
+            mine, seen = group.queries, group.keys
+            x = _heads_first(gradient[mine], query[mine], keys[seen], values[seen], out[mine], log_sum[mine])
+            found = _CPU_BACKWARD(*x, 0.0, False, attn_mask=_bias(group, query), scale=1.0)
+            dq[mine], dk[seen], dv[seen] = (y[0].transpose(0, 1) for y in found)
+        return dq, dk, dv
 
-    def _bias(self, query: Tensor) -> Tensor:
-        """[n, T] what is added to scores."""
-        return torch.zeros(self.hidden.shape, dtype=wide(query)).masked_fill_(self.hidden, float("-inf"))
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[1, heads, rows, ...] of each [rows, heads, ...]."""
+    return [x.transpose(0, 1)[None] for x in tensors]
+
+
+def _bias(group: Masked, like: Tensor) -> Tensor:
+    """[n, T] what is added to scores."""
+    return like.new_zeros(group.hidden.shape).masked_fill_(group.hidden, float("-inf"))
 
 
 class FlashKernel:
@@ -60,6 +85,8 @@ class FlashKernel:
     Its causal mask knows no gaps between rows: a row without a query gets one of zeros and in the backward pass a gradient of
     zeros, so that it adds nothing to any other's.
     """
+
+    widens = False
 
     def __init__(self, rows: Tensor, bounds: list[int]):
         """rows [n] of the queries among the step-0 rows; bounds: where each conversation starts, and the end of the last."""
@@ -95,43 +122,41 @@ def fused(kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, own_keys:
 
 class _ChainAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, kernel: Kernel, *given: Tensor) -> Tensor:  # noqa: ANN001
+        query, keys, values, own_keys, own_values = _widened(*given) if kernel.widens else given
         out, total = kernel.forward(query, keys, values)
         if own_keys.shape[2]:
-            wide_query, wide_out = _widened(_by_head(query, keys), _by_head(out, keys))
-            wide_keys, wide_values = _widened(own_keys, own_values)
-            scores, log_sum = wide_query @ wide_keys.mT, _by_head(total[..., None], keys)  # [n, kv, g, k], [n, kv, g, 1]
-            whole = torch.logaddexp(log_sum, scores.logsumexp(-1, keepdim=True))
-            out = wide_out * (log_sum - whole).exp() + (scores - whole).exp() @ wide_values
-            out, total = out.flatten(1, 2), whole.flatten(1)
-        out = out.to(query.dtype)
+            query, out, own_keys, own_values = _widened(_by_head(query, keys), _by_head(out, keys), own_keys, own_values)
+            scores, log_sum = query @ own_keys.mT, _by_head(total[..., None], keys)  # [n, kv, g, k], [n, kv, g, 1]
+            total = torch.logaddexp(log_sum, scores.logsumexp(-1, keepdim=True))
+            out = out * (log_sum - total).exp() + (scores - total).exp() @ own_values
+            out, total = out.flatten(1, 2), total.flatten(1)
+        out = out.to(given[0].dtype)
         ctx.kernel = kernel
-        ctx.save_for_backward(query, keys, values, own_keys, own_values, out, total)
+        ctx.save_for_backward(*given, out, total)
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-        query, keys, values, own_keys, own_values, out, total = ctx.saved_tensors
+        *given, out, total = ctx.saved_tensors
+        tensors = gradient, *given, out
+        gradient, query, keys, values, own_keys, own_values, out = _widened(*tensors) if ctx.kernel.widens else tensors
         dq, dk, dv = ctx.kernel.backward(gradient, query, keys, values, out, total)
         own_dk = own_dv = None
         if own_keys.shape[2]:
-            query, gradient, out = _widened(*(_by_head(x, keys) for x in (query, gradient, out)))  # [n, kv, g, d]
-            wide_keys, wide_values = _widened(own_keys, own_values)
-            weights = (query @ wide_keys.mT - _by_head(total[..., None], keys)).exp()  # [n, kv, g, k]
-            scores = weights * (gradient @ wide_values.mT - (gradient * out).sum(-1, keepdim=True))  # their gradient
-            dq = dq + (scores @ wide_keys).flatten(1, 2)
-            own_dk, own_dv = (scores.mT @ query).to(own_keys), (weights.mT @ gradient).to(own_values)
-        return None, dq.to(keys), dk.to(keys), dv.to(values), own_dk, own_dv
+            query, gradient, out = (_by_head(x, keys) for x in (query, gradient, out))  # [n, kv, g, d]
+            query, gradient, out, own_keys, own_values = _widened(query, gradient, out, own_keys, own_values)
+            weights = (query @ own_keys.mT - _by_head(total[..., None], keys)).exp()  # [n, kv, g, k]
+            ds = weights * (gradient @ own_values.mT - (gradient * out).sum(-1, keepdim=True))
+            dq = dq + (ds @ own_keys).flatten(1, 2)
+            own_dk, own_dv = ds.mT @ query, weights.mT @ gradient
+        found = dq, dk, dv, own_dk, own_dv
+        return None, *(None if x is None else x.to(given[0].dtype) for x in found)
 
 
 def _by_head(x: Tensor, keys: Tensor) -> Tensor:
     """[n, kv, g, ...] of [n, h, ...]: queries by the key/value head that they read."""
     return x.unflatten(1, (keys.shape[1], -1))
-
-
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """[1, heads, rows, ...] of each [rows, heads, ...], in fp32 or wider."""
-    return [x.transpose(0, 1)[None].to(wide(x)) for x in tensors]
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
