@@ -208,8 +208,8 @@ class TrainConfig:
     early_stop: int = opt(0, "end when so many evaluations in a row bring no better held-out tau; 0: never")
     attention: Literal["auto", "reference", "blockwise", "flex", "flash", "sdpa"] = opt(
         "auto",
-        "reference: all scores of a conversation; blockwise: little memory; flex, flash (bfloat16): fused kernels of a GPU; "
-        "sdpa: of a CPU; auto: the fittest of the others",
+        "auto: sdpa on a CPU, else reference, or blockwise where a conversation is long; reference: all scores of a conversation; "
+        "blockwise: little memory; sdpa: a CPU's fused kernel; flex, flash (FlashAttention, in bfloat16): a GPU's",
     )
     checkpoint_activations: bool = opt(False, "make each unroll step's activations again in the backward pass: less memory, more time")
     dist_timeout: float = opt(10.0, "minutes that a rank waits for the others before it gives up")

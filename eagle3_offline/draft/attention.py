@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from torch.utils.checkpoint import checkpoint
 
 from ..records import UserError
-from .fused import FlashKernel, Masked, MaskedKernel, fused, wide
+from .fused import FlashKernel, Group, MaskedKernel, by_head, fused, hidden, wide
 
 AUTO_SCORES = 2**18  # n x T of a conversation beyond which `auto` goes by blocks on a GPU
 GROUP_ROWS = 512  # step-0 rows up to which neighbours attend in one call
@@ -41,7 +41,7 @@ DEVICES = {"sdpa": "cpu", "flash": "cuda"}  # backends of one sort of device
 
 
 class Conversation(NamedTuple):
-    """Which of a batch's rows are one conversation."""
+    """Which of a batch's rows are one conversation. Those of a batch leave no row out, and no query."""
 
     start: int  # its step-0 rows are start .. stop
     stop: int
@@ -66,10 +66,7 @@ def attend(
     """
     if backend == "auto" and query.device.type == "cpu":
         backend = "sdpa"
-    if query.device.type != DEVICES.get(backend, query.device.type):
-        raise UserError(
-            f"train.attention is {backend}, whose kernel is for {DEVICES[backend]}, and the draft is on {query.device}: leave it at auto"
-        )
+    _check_kernel(backend, query)
     conversations = conversations or [Conversation(0, len(keys), len(query))]
     query = query * query.shape[-1] ** -0.5
     if backend == "flex":
@@ -77,19 +74,29 @@ def attend(
     if backend == "flash":
         bounds = [c.start for c in conversations] + [conversations[-1].stop]
         return fused(FlashKernel(rows, bounds), query, keys, values, own_keys, own_values)
-    groups = list(_groups(conversations, rows, backend))
+    groups = _groups(conversations, rows, backend)
     if backend == "sdpa":
-        masked = [Masked(g.queries, g.keys, _hidden(g.rows, g.keys.stop - g.keys.start, g.begins)) for g in groups if len(g.rows)]
-        return fused(MaskedKernel(masked), query, keys, values, own_keys, own_values)
+        return fused(MaskedKernel([group for group, _ in groups]), query, keys, values, own_keys, own_values)
     pieces = []
-    for group in groups:
+    for group, by_blocks in groups:
         one = query[group.queries], group.rows, keys[group.keys], values[group.keys]
         own = own_keys[group.queries], own_values[group.queries]
-        if group.by_blocks:
+        if by_blocks:
             pieces.append(_merged(*_step_zero_blockwise(*one), one[0], *own))
         else:
             pieces.append(_reference(*one, *own, group.begins))
     return torch.cat(pieces)
+
+
+def _check_kernel(backend: str, query: Tensor) -> None:
+    """That a fused kernel can do these queries [n, h, d]."""
+    found, demands = None, {"sdpa": "a CPU", "flash": "a GPU, bfloat16, and a head_dim that 8 divides, up to 256"}
+    if query.device.type != DEVICES.get(backend, query.device.type):
+        found = f"the draft is on {query.device}"
+    elif backend == "flash" and (query.dtype != torch.bfloat16 or query.shape[-1] % 8 or query.shape[-1] > 256):
+        found = f"the draft is in {query.dtype} with a head_dim of {query.shape[-1]}"
+    if found:
+        raise UserError(f"train.attention is {backend}, which needs {demands[backend]}, and {found}: leave it at auto")
 
 
 def no_own(keys: Tensor, count: int) -> Tensor:
@@ -119,24 +126,15 @@ def _neighbours(conversations: list[Conversation], backend: str) -> list[list[Co
     return groups
 
 
-class _Group(NamedTuple):
-    """Conversations that attend in one call."""
-
-    queries: slice
-    keys: slice  # their step-0 rows
-    rows: Tensor  # [queries] each query's row among these
-    begins: Tensor | None  # [queries] the first row of its conversation among these; None: they are one
-    by_blocks: bool
-
-
-def _groups(conversations: list[Conversation], rows: Tensor, backend: str) -> Iterator[_Group]:
+def _groups(conversations: list[Conversation], rows: Tensor, backend: str) -> Iterator[tuple[Group, bool]]:
+    """The groups, and whether each goes by blocks."""
     first = 0
     for group in _neighbours(conversations, backend):
         start, stop, count = group[0].start, group[-1].stop, sum(c.count for c in group)
         queries = slice(first, first + count)
         first += count
         begins = _begins(group, rows.device) - start if len(group) > 1 else None
-        yield _Group(queries, slice(start, stop), rows[queries] - start, begins, _by_blocks(group[0], backend))
+        yield Group(queries, slice(start, stop), rows[queries] - start, begins), _by_blocks(group[0], backend)
 
 
 def _begins(conversations: list[Conversation], device: torch.device) -> Tensor:
@@ -162,16 +160,9 @@ def _reference(
 
 def _step_zero_scores(query: Tensor, rows: Tensor, keys: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scaled queries [n, h, d] by key/value head [n, kv, g, d], and their scores [n, kv, g, T], -inf where they see no key."""
-    grouped = query.unflatten(1, (keys.shape[1], -1))
+    grouped = by_head(query, keys)
     scores = torch.einsum("nkgd,tkd->nkgt", grouped, keys)
-    return grouped, scores.masked_fill(_hidden(rows, len(keys), begins)[:, None, None, :], float("-inf"))
-
-
-def _hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
-    """[n, T] bool: the step-0 keys that a row does not see."""
-    places = torch.arange(length, device=rows.device)
-    future = places > rows[:, None]
-    return future if begins is None else future | (places < begins[:, None])  # other conversations
+    return grouped, scores.masked_fill(hidden(rows, len(keys), begins)[:, None, None, :], float("-inf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,9 +171,9 @@ def _hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
 
 def _merged(out: Tensor, log_sum: Tensor, query: Tensor, own_keys: Tensor, own_values: Tensor) -> Tensor:
     """[n, h, d] of the step-0 part's output [n, h, d], the log-sum-exp [n, h] of its scores, and the own keys and values."""
-    grouped, out = (x.unflatten(1, (own_keys.shape[1], -1)) for x in (query, out))  # [n, kv, g, d]
-    own = (grouped @ own_keys.mT).to(log_sum.dtype)  # [n, kv, g, k]
-    weights = torch.cat((log_sum.view(*own.shape[:3], 1), own), dim=-1).softmax(-1).to(out.dtype)  # [n, kv, g, 1 + k]
+    dtype, grouped, out = log_sum.dtype, by_head(query, own_keys), by_head(out, own_keys)  # [n, kv, g, d]
+    own = grouped.to(dtype) @ own_keys.to(dtype).mT  # [n, kv, g, k]
+    weights = torch.cat((by_head(log_sum[..., None], own_keys), own), dim=-1).softmax(-1).to(out.dtype)  # [n, kv, g, 1 + k]
     return (weights[..., :1] * out + weights[..., 1:] @ own_values).flatten(1, 2)
 
 

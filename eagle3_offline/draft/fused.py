@@ -35,12 +35,24 @@ class Kernel(Protocol):
         """Gradients of query, keys and values; `gradient` [n, h, d] is that of `out`, over more keys, whose log-sum-exp is log_sum."""
 
 
-class Masked(NamedTuple):
-    """Conversations that attend in one call, with one query at least."""
+class Group(NamedTuple):
+    """Conversations that attend in one call."""
 
     queries: slice
-    keys: slice
-    hidden: Tensor  # [queries, keys] bool: those that a query does not see; it sees one at least
+    keys: slice  # their step-0 rows
+    rows: Tensor  # [queries] each query's row among these
+    begins: Tensor | None  # [queries] the first row of its conversation among these; None: they are one
+
+    def hidden(self) -> Tensor:
+        """[queries, keys] bool: the keys that a query does not see."""
+        return hidden(self.rows, self.keys.stop - self.keys.start, self.begins)
+
+
+def hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
+    """[n, T] bool: which of T step-0 keys the rows [n] of conversations that begin at `begins` [n] (None: at 0) do not see."""
+    places = torch.arange(length, device=rows.device)
+    future = places > rows[:, None]
+    return future if begins is None else future | (places < begins[:, None])  # other conversations
 
 
 class MaskedKernel:
@@ -48,8 +60,9 @@ class MaskedKernel:
 
     widens = True
 
-    def __init__(self, groups: list[Masked]):
-        self.groups = groups
+    def __init__(self, groups: list[Group]):
+        """groups: of all queries; one without any is left out, since the kernel cannot do it."""
+        self.groups = [group for group in groups if len(group.rows)]
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2])
@@ -74,22 +87,24 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
-def _bias(group: Masked, like: Tensor) -> Tensor:
+def _bias(group: Group, like: Tensor) -> Tensor:
     """[n, T] what is added to scores."""
-    return like.new_zeros(group.hidden.shape).masked_fill_(group.hidden, float("-inf"))
+    hides = group.hidden()
+    return like.new_zeros(hides.shape).masked_fill_(hides, float("-inf"))
 
 
 class FlashKernel:
     """FlashAttention as torch brings it, in bfloat16, all conversations in one call.
 
-    Its causal mask knows no gaps between rows: a row without a query gets one of zeros and in the backward pass a gradient of
-    zeros, so that it adds nothing to any other's.
+    Its causal mask knows no gaps between rows. So a row without a query gets one of zeros, and in the backward pass zeros for its
+    gradient, output and log-sum-exp, which keeps its weights finite: it adds nothing to any other's.
     """
 
     widens = False
 
     def __init__(self, rows: Tensor, bounds: list[int]):
-        """rows [n] of the queries among the step-0 rows; bounds: where each conversation starts, and the end of the last."""
+        """rows [n] of the queries among the step-0 rows; bounds: where each conversation starts, and the end of the last, which leave
+        no row out."""
         self.rows = rows
         self.bounds = torch.tensor(bounds, dtype=torch.int32, device=rows.device)
         self.longest = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
@@ -126,8 +141,8 @@ class _ChainAttention(torch.autograd.Function):
         query, keys, values, own_keys, own_values = _widened(*given) if kernel.widens else given
         out, total = kernel.forward(query, keys, values)
         if own_keys.shape[2]:
-            query, out, own_keys, own_values = _widened(_by_head(query, keys), _by_head(out, keys), own_keys, own_values)
-            scores, log_sum = query @ own_keys.mT, _by_head(total[..., None], keys)  # [n, kv, g, k], [n, kv, g, 1]
+            query, out, own_keys, own_values = _widened(by_head(query, keys), by_head(out, keys), own_keys, own_values)
+            scores, log_sum = query @ own_keys.mT, by_head(total[..., None], keys)  # [n, kv, g, k], [n, kv, g, 1]
             total = torch.logaddexp(log_sum, scores.logsumexp(-1, keepdim=True))
             out = out * (log_sum - total).exp() + (scores - total).exp() @ own_values
             out, total = out.flatten(1, 2), total.flatten(1)
@@ -144,9 +159,9 @@ class _ChainAttention(torch.autograd.Function):
         dq, dk, dv = ctx.kernel.backward(gradient, query, keys, values, out, total)
         own_dk = own_dv = None
         if own_keys.shape[2]:
-            query, gradient, out = (_by_head(x, keys) for x in (query, gradient, out))  # [n, kv, g, d]
+            query, gradient, out = (by_head(x, keys) for x in (query, gradient, out))  # [n, kv, g, d]
             query, gradient, out, own_keys, own_values = _widened(query, gradient, out, own_keys, own_values)
-            weights = (query @ own_keys.mT - _by_head(total[..., None], keys)).exp()  # [n, kv, g, k]
+            weights = (query @ own_keys.mT - by_head(total[..., None], keys)).exp()  # [n, kv, g, k]
             ds = weights * (gradient @ own_values.mT - (gradient * out).sum(-1, keepdim=True))
             dq = dq + (ds @ own_keys).flatten(1, 2)
             own_dk, own_dv = ds.mT @ query, weights.mT @ gradient
@@ -154,7 +169,7 @@ class _ChainAttention(torch.autograd.Function):
         return None, *(None if x is None else x.to(given[0].dtype) for x in found)
 
 
-def _by_head(x: Tensor, keys: Tensor) -> Tensor:
+def by_head(x: Tensor, keys: Tensor) -> Tensor:
     """[n, kv, g, ...] of [n, h, ...]: queries by the key/value head that they read."""
     return x.unflatten(1, (keys.shape[1], -1))
 

@@ -39,8 +39,8 @@ class ChainDrafter:
     def chain_logits(self, follow: list[int] | None, length: int) -> list[Tensor]:
         """Logits [D] of `length` drafted positions after the newest row. `follow`: tokens to read instead of the own drafts."""
         layer, row = self.head.midlayer, len(self.keys) - 1
-        (state, g), own_keys, logits = self._newest, no_own(self.keys, 1), []
-        own_values = own_keys
+        (state, g), logits = self._newest, []
+        own_keys = own_values = no_own(self.keys, 1)
         for step in range(length):
             if step:
                 token = follow[step - 1] if follow is not None else int(self.target_ids[logits[-1].argmax()])

@@ -51,7 +51,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One step of the rows that are alive: what lm_head reads, the next g, and the rows' own keys and values, this step's included.
 
-    g [n_k, H]; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values [n_k, kv, k - 1, d] of the steps 1..k-1.
+    g [n_k, H]; projected [N, (h + 2 kv) d]; keys, values [N, kv, d]; own_keys, own_values [n_k, kv, max(0, k - 1), d] of the steps 1..k-1.
     """
     layer, step = head.midlayer, batch.steps[k]
     mixed = _at(projected, step.rows + k), g, of_state, step.positions

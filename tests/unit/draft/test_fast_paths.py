@@ -50,28 +50,37 @@ def test_sdpa_equals_the_reference(head, samples, embed, monkeypatch):
         assert_equal(found["sdpa"], found["reference"])
 
 
-@pytest.mark.parametrize(
-    "fast, device, dtype, tolerance",
-    [
-        ("sdpa", "cpu", torch.float32, 1e-5),
-        ("sdpa", "cpu", torch.bfloat16, 2e-2),
-        pytest.param("flash", "cuda", torch.bfloat16, 2e-2, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-    ],
-)
-def test_a_fused_kernel_in_narrow_dtypes(fast, device, dtype, tolerance):
-    """Against the reference in float64, relative to the largest value: a conversation of 30 rows, 20 of them live, at step 2."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_sdpa_in_narrow_dtypes(dtype, tolerance):
+    assert_near_the_reference("sdpa", "cpu", dtype, tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+def test_kernels_of_a_gpu(backend):
+    assert_near_the_reference(backend, "cuda", torch.bfloat16, 2e-2)
+
+
+def assert_near_the_reference(backend, device, dtype, tolerance):
+    """Results and gradients against the reference's in float64, relative to the largest value, at steps 0 and 2.
+
+    Three conversations of 30, 5 and 25 rows, of which 18, 0 and 11 are queries, with gaps; keys and values are halves of one tensor.
+    """
     torch.manual_seed(0)
-    shapes = [(20, 6, 8), (30, 2, 8), (30, 2, 8), (20, 2, 2, 8), (20, 2, 2, 8)]  # query, keys, values, two own keys, two own values
-    given, upstream = [torch.randn(shape).to(device, dtype) for shape in shapes], torch.randn(20, 6, 8).to(device, dtype)
-    found = {}
-    for backend, of in (("reference", torch.float64), (fast, dtype)):
-        query, *others = leaves = [tensor.to(of).requires_grad_() for tensor in given]
-        out = attention.attend(query, torch.arange(5, 25, device=device), *others, backend=backend)
-        out.backward(upstream.to(of))
-        found[backend] = [out.detach(), *(leaf.grad for leaf in leaves)]
-    for a, b in zip(found[fast], found["reference"], strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+    rows = torch.cat((torch.arange(3, 12), torch.arange(20, 29), torch.arange(40, 51))).to(device)
+    conversations = [attention.Conversation(*c) for c in ((0, 30, 18), (30, 35, 0), (35, 60, 11))]
+    for own in (0, 2):
+        shapes = [(29, 6, 8), (60, 4, 8), (29, 2, own, 8), (29, 2, own, 8)]  # queries, keys and values, own keys, own values
+        given, upstream = [torch.randn(shape).to(device, dtype) for shape in shapes], torch.randn(29, 6, 8).to(device, dtype)
+        found = {}
+        for name, of in (("reference", torch.float64), (backend, dtype)):
+            query, both, *owns = leaves = [tensor.to(of).requires_grad_() for tensor in given]
+            out = attention.attend(query, rows, *both.chunk(2, dim=1), *owns, conversations, name)
+            out.backward(upstream.to(of))
+            found[name] = [out.detach(), *(leaf.grad for leaf in leaves if leaf.numel())]
+        for a, b in zip(found[backend], found["reference"], strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
 
 
 def test_auto_is_sdpa_on_a_cpu(head, samples, embed, monkeypatch):
@@ -154,3 +163,12 @@ def test_the_quick_argmax_bears_every_error_within_the_bound(monkeypatch):
     products = last.float() @ weight.float()[target_ids].T
     found = [teacher.argmax_known(last[i : i + 1], products[i : i + 1]) for i in range(len(last))]  # else rows lend each other candidates
     assert torch.equal(torch.cat(found), expected)
+
+
+def test_no_row_is_taken_twice(samples):
+    """draft/unroll.py writes the gradients of rows that it takes side by side."""
+    batch = collate(samples, K)
+    for k, step in enumerate(batch.steps):
+        for rows in (step.rows, step.rows + k, step.kept):
+            assert len(rows.unique()) == len(rows)
+        assert step.rows.max() + k < len(batch.tokens)
