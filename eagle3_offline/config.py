@@ -127,8 +127,8 @@ class DumpConfig:
     last_codec: Literal["lossless", "lossless-fast", "none", "int8", "fp8", "bitround"] | None = opt(
         None, "of the last states of a full dump; none: the same as codec"
     )
-    rank: float = opt(0.5, "compact: channels of the projection, as a share of the hidden size")
-    top_k: int = opt(32, "compact: how many of the largest logits are kept of each teacher")
+    rank: float = opt(0.75, "compact: channels of the projection, as a share of the hidden size")
+    top_k: int = opt(16, "compact: how many of the largest logits are kept of each teacher")
     batch_tokens: int = opt(4096, "tokens of one prefill batch")
     writer_threads: int = opt(2, "threads that encode beside the engine; 0: none, everything in the writer's own thread")
     force: bool = opt(False, "go on although the estimate says that the disk will not hold the dump")
