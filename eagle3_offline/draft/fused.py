@@ -43,10 +43,6 @@ class Group(NamedTuple):
     rows: Tensor  # [queries] each query's row among these
     begins: Tensor | None  # [queries] the first row of its conversation among these; None: they are one
 
-    def hidden(self) -> Tensor:
-        """[queries, keys] bool: the keys that a query does not see."""
-        return hidden(self.rows, self.keys.stop - self.keys.start, self.begins)
-
 
 def hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
     """[n, T] bool: which of T step-0 keys the rows [n] of conversations that begin at `begins` [n] (None: at 0) do not see."""
@@ -89,7 +85,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def _bias(group: Group, like: Tensor) -> Tensor:
     """[n, T] what is added to scores."""
-    hides = group.hidden()
+    hides = hidden(group.rows, group.keys.stop - group.keys.start, group.begins)
     return like.new_zeros(hides.shape).masked_fill_(hides, float("-inf"))
 
 
