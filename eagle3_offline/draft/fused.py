@@ -12,10 +12,13 @@ ring attention, arXiv 2310.01889).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+PIECE_QUERIES = 192  # in one call of the CPU's kernel, which makes the scores of keys that its mask hides too
 
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -57,25 +60,41 @@ class MaskedKernel:
     widens = True
 
     def __init__(self, groups: list[Group]):
-        """groups: of all queries; one without any is left out, since the kernel cannot do it."""
-        self.groups = [group for group in groups if len(group.rows)]
+        """groups: of all queries, each in the order of its rows."""
+        self.pieces = [piece for group in groups for piece in _pieces(group)]
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2])
-        for group in self.groups:
-            x = _heads_first(query[group.queries], keys[group.keys], values[group.keys])
-            found = _CPU(*x, attn_mask=_bias(group, query), scale=1.0)
-            out[group.queries], log_sum[group.queries] = (y[0].transpose(0, 1) for y in found)
+        for piece in self.pieces:
+            x = _heads_first(query[piece.queries], keys[piece.keys], values[piece.keys])
+            found = _CPU(*x, attn_mask=_bias(piece, query), scale=1.0)
+            out[piece.queries], log_sum[piece.queries] = (y[0].transpose(0, 1) for y in found)
         return out, log_sum
 
     def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
         dq, dk, dv = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-        for group in self.groups:
-            mine, seen = group.queries, group.keys
+        for piece in self.pieces:
+            mine, seen = piece.queries, piece.keys
             x = _heads_first(gradient[mine], query[mine], keys[seen], values[seen], out[mine], log_sum[mine])
-            found = _CPU_BACKWARD(*x, 0.0, False, attn_mask=_bias(group, query), scale=1.0)
-            dq[mine], dk[seen], dv[seen] = (y[0].transpose(0, 1) for y in found)
+            found = _CPU_BACKWARD(*x, 0.0, False, attn_mask=_bias(piece, query), scale=1.0)
+            of_query, of_keys, of_values = (y[0].transpose(0, 1) for y in found)
+            dq[mine] = of_query
+            dk[seen] += of_keys
+            dv[seen] += of_values
         return dq, dk, dv
+
+
+def _pieces(group: Group) -> Iterator[Group]:
+    """A group's queries in pieces of about one size, each with those keys alone that lie between the first and the last that it sees."""
+    count = len(group.rows)
+    number = -(-count // PIECE_QUERIES)
+    for i in range(number):
+        mine = slice(count * i // number, count * (i + 1) // number)
+        rows, begins = group.rows[mine], None if group.begins is None else group.begins[mine]
+        first = 0 if begins is None else int(begins[0])
+        queries = slice(group.queries.start + mine.start, group.queries.start + mine.stop)
+        keys = slice(group.keys.start + first, group.keys.start + int(rows[-1]) + 1)
+        yield Group(queries, keys, rows - first, None if begins is None else begins - first)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

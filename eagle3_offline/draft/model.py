@@ -82,20 +82,22 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
-        values = x.to(wide(x))
+        values = x.to(wide(x), copy=True)
         inverse = (values.square().mean(-1, keepdim=True) + eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (values * inverse).mul_(weight).to(x.dtype)
+        return values.mul_(inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:  # noqa: ANN001
         x, weight, inverse = ctx.saved_tensors
-        normed = x * inverse
-        of_weight = (gradient * normed).sum(0).to(weight.dtype)
+        normed, gradient = (y.to(inverse.dtype, copy=True) for y in (x, gradient))  # products of two dtypes widen one anew each time
+        product = gradient * normed.mul_(inverse)
+        of_weight = product.sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:  # of embeddings and captured states
             return None, of_weight, None
-        of_normed = gradient * weight.to(normed.dtype)
-        of_x = of_normed.sub_(normed.mul_((of_normed * normed).mean(-1, keepdim=True))).mul_(inverse)
+        weight = weight.to(inverse.dtype)
+        of_normed = gradient.mul_(weight)
+        of_x = of_normed.addcmul_(normed, (product @ weight)[:, None], value=-1 / x.shape[-1]).mul_(inverse)
         return of_x.to(x.dtype), of_weight, None
 
 

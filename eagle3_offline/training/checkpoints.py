@@ -21,7 +21,8 @@ from ..records import UserError
 from ..runs import fsync_path, read_json, write_json
 from .distributed import Ranks
 
-ABOUT = "about.json"  # in a checkpoint: the ranks and the ZeRO stage that wrote it
+ABOUT = "about.json"  # in a checkpoint: its format, and the ranks and the ZeRO stage that wrote it
+FORMAT = 2  # which parameters the optimiser holds together
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], kept: Kept
     engine.save_checkpoint(str(aside), tag=step_name(step), client_state={**state, "step": step}, save_latest=False)
     torch.distributed.barrier()
     if ranks.rank == 0:
-        write_json(aside / step_name(step) / ABOUT, {"world": ranks.world, "zero_stage": stage})
+        write_json(aside / step_name(step) / ABOUT, {"format": FORMAT, "world": ranks.world, "zero_stage": stage})
         for path in aside.rglob("*"):
             fsync_path(path)
         shutil.rmtree(folder / step_name(step), ignore_errors=True)
@@ -90,9 +91,9 @@ def newest(folder: Path, ranks: Ranks, stage: int) -> Saved:
     if not steps:
         return Saved(0, folder)
     name = step_name(steps[-1])
-    if not (folder / name / ABOUT).is_file():
-        raise UserError(f"{folder / name} was written by an earlier version, without {ABOUT}: remove {folder} and train again")
-    about = read_json(folder / name / ABOUT)
+    about = read_json(folder / name / ABOUT) if (folder / name / ABOUT).is_file() else {}
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder / name} was written by an earlier version, in another format: remove {folder} and train again")
     if about["zero_stage"] != stage:
         raise UserError(f"{folder / name} was written with ZeRO stage {about['zero_stage']}, now it is {stage}: go on with the old stage")
     if about["world"] == ranks.world or stage == 0:  # without ZeRO each rank holds all

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import TrainConfig, packaged
 from ..draft.model import DraftHead
 from ..records import UserError
 from .distributed import Ranks, native_bfloat16
 
+GROUP_ELEMENTS = 2**22  # 16 MiB in fp32, of which glibc keeps freed blocks
+
 
 def build(config: TrainConfig, head: DraftHead, ranks: Ranks, universal: bool) -> Any:
     """The engine around a head; `universal`: it will load a checkpoint that other ranks wrote."""
     import deepspeed
 
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        _groups(list(head.parameters())), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     engine, *_ = deepspeed.initialize(
         model=head,
         optimizer=optimizer,
@@ -27,6 +32,21 @@ def build(config: TrainConfig, head: DraftHead, ranks: Ranks, universal: bool) -
         config={**engine_config(config, ranks.world), "checkpoint": {"load_universal": universal}},
     )
     return engine
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """The optimiser's groups: neighbours of up to GROUP_ELEMENTS, one alone where it is larger.
+
+    ZeRO applies a group after the other and makes its gradient in fp32 for that; of one group for all this would be the draft once
+    more, in a block that a CPU's allocator gives back at once, so that every step would be handed new pages for it.
+    """
+    groups: list[list[nn.Parameter]] = []
+    for parameter in parameters:
+        if groups and sum(p.numel() for p in groups[-1]) + parameter.numel() <= GROUP_ELEMENTS:
+            groups[-1].append(parameter)
+        else:
+            groups.append([parameter])
+    return [{"params": group} for group in groups]
 
 
 def rate(step: int, config: TrainConfig) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle3_offline.draft import attention
+from eagle3_offline.draft import attention, fused
 from eagle3_offline.draft import teacher as draft_teacher
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.teacher import FullTeacher, argmax
@@ -41,13 +41,27 @@ def test_blockwise_attention_equals_the_reference(head, samples, embed, monkeypa
 
 
 def test_sdpa_equals_the_reference(head, samples, embed, monkeypatch):
-    """Neighbours in one call and each alone."""
+    """Neighbours in one call, each alone, and two queries a call."""
     found = {}
-    for rows in (512, 1):
+    for rows, queries in ((512, 192), (1, 192), (512, 2)):
         monkeypatch.setattr(attention, "GROUP_ROWS", rows)
+        monkeypatch.setattr(fused, "PIECE_QUERIES", queries)
         for head.attention in ("reference", "sdpa"):
             found[head.attention] = gradients(head, samples, embed)
         assert_equal(found["sdpa"], found["reference"])
+
+
+def test_pieces_of_a_group_leave_out_the_keys_that_no_query_of_theirs_sees(monkeypatch):
+    """Batch rows 10 .. 18 are two conversations, a b c d e and f g h i; queries 3 .. 7 of the batch are those of b, c, e, g, h."""
+    monkeypatch.setattr(fused, "PIECE_QUERIES", 2)
+    group = fused.Group(slice(3, 8), slice(10, 19), torch.tensor([1, 2, 4, 6, 7]), torch.tensor([0, 0, 0, 5, 5]))
+    found = [(queries, keys, rows.tolist(), begins.tolist()) for queries, keys, rows, begins in fused._pieces(group)]
+    assert found == [
+        (slice(3, 4), slice(10, 12), [1], [0]),  # b on a b
+        (slice(4, 6), slice(10, 15), [2, 4], [0, 0]),  # c, e on a b c d e
+        (slice(6, 8), slice(15, 18), [1, 2], [0, 0]),  # g, h on f g h
+    ]
+    assert list(fused._pieces(group._replace(rows=torch.tensor([]), begins=None))) == []
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
