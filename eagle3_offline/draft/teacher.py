@@ -84,6 +84,7 @@ class FullTeacher:
         self.sliced = lm_head[target_ids].float()
         self.known = torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device)
         self.known[target_ids] = True
+        self.hides_known = torch.zeros_like(self.known, dtype=lm_head.dtype).masked_fill_(self.known, -torch.inf)  # [V] added to logits
         self.quick = _quick(lm_head) and self.transform.bias is None
         self._known_of: OrderedDict[str, Tensor] = OrderedDict()
         self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
@@ -107,9 +108,9 @@ class FullTeacher:
             return self.known[argmax(last, self.weight, self.transform)]
         if self.known.all():
             return torch.ones(len(last), dtype=torch.bool, device=last.device)
-        inside = products.max(-1).values
-        others = (z.masked_fill(self.known[tokens], -torch.inf) for tokens, z in _blocks(last, self.weight, torch.bfloat16))
-        outside = torch.stack([z.max(-1).values for z in others]).max(0).values.float()
+        inside = products.amax(-1)
+        others = (z.add_(self.hides_known[tokens]) for tokens, z in _blocks(last, self.weight, torch.bfloat16))
+        outside = torch.stack([z.amax(-1) for z in others]).amax(0).float()
         known = inside > outside
         error = BFLOAT16_ERROR * torch.maximum(inside.abs(), outside.abs()) + 1e-3
         near = (inside - outside).abs() <= error
