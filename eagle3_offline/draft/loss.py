@@ -122,7 +122,6 @@ class _BlockedHead(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=dtype)  # small blocks' parts would be lost in a narrow sum
         sizes = BLOCK_ELEMENTS[x.device.type], PART_ELEMENTS[x.device.type]
         block_rows, part_rows = (round_up(max(1, elements // len(weight))) for elements in sizes)
-        weight_rows = max(1, sizes[1] // x.shape[1])
         for start in range(0, len(x), block_rows):
             block = x[start : start + block_rows]
             inputs = filled(block)
@@ -136,8 +135,7 @@ class _BlockedHead(torch.autograd.Function):
             if dtype == x.dtype:
                 dw.addmm_(values.T, inputs)
             else:
-                for into, part in zip(*(y.split(weight_rows) for y in (dw, values.T @ inputs)), strict=True):
-                    into += part  # a CPU widens what it adds: a part at a time, or the weight would be there once more
+                dw += values.T @ inputs
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return total
 
