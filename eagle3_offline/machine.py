@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether bfloat16 matmuls are native here; without the instruction they are slower than fp32."""
     path = Path("/proc/cpuinfo")

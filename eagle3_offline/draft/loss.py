@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .batch import DraftBatch
 from .fused import wide
-from .products import Linear, filled, round_up
+from .products import Linear, filled, product, round_up
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
@@ -119,7 +119,7 @@ class _BlockedHead(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, terms: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:  # noqa: ANN001
         dtype = wide(x)
         total, dx = torch.zeros((), dtype=dtype, device=x.device), torch.empty_like(x)
-        dw = torch.zeros_like(weight, dtype=dtype)  # small blocks' parts would be lost in a narrow sum
+        dw = None  # of the blocks so far
         sizes = BLOCK_ELEMENTS[x.device.type], PART_ELEMENTS[x.device.type]
         block_rows, part_rows = (round_up(max(1, elements // len(weight))) for elements in sizes)
         for start in range(0, len(x), block_rows):
@@ -131,12 +131,14 @@ class _BlockedHead(torch.autograd.Function):
                 loss, gradient = terms(part.to(dtype), start + first)
                 total += loss
                 part.copy_(gradient)
-            dx[start : start + block_rows] = (values @ weight)[: len(block)]
-            if dtype == x.dtype:
+            dx[start : start + block_rows] = product(values, weight)[: len(block)]
+            if dw is None:
+                dw = values.T @ inputs
+            elif dtype == x.dtype:
                 dw.addmm_(values.T, inputs)
             else:
-                dw += values.T @ inputs
-        ctx.save_for_backward(dx, dw.to(weight.dtype))
+                dw = dw.to(dtype).add_(values.T @ inputs)  # small blocks' parts would be lost in a narrow sum
+        ctx.save_for_backward(dx, torch.zeros_like(weight) if dw is None else dw.to(weight.dtype))
         return total
 
     @staticmethod

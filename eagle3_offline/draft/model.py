@@ -144,7 +144,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(settings)
         self.mlp = MLP(settings)
         self.rotary = Rotary(settings)
-        self._kv_heads = settings.num_key_value_heads
+        self._head_counts = settings.num_attention_heads, settings.num_key_value_heads
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """q_proj, k_proj and v_proj as one, [(h + 2 kv) d, H]: of the embedding, which is the FIRST half of what they read, and of g.
@@ -161,18 +161,18 @@ class Layer(nn.Module):
     def query_key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [n, h, d] and keys, and values [n, kv, d], of rows with the embeddings' share `projected` and the feature or
         recurrent state g [n, H]."""
-        heads, kv = self._heads(projected, g, of_state), self._kv_heads
-        rotated = self.rotary(heads[:, :-kv], positions)
-        return rotated[:, :-kv], rotated[:, -kv:], heads[:, -kv:]
+        heads, (queries, kv) = self._heads(projected, g, of_state), self._head_counts
+        rotating, values = heads.split((queries + kv, kv), dim=1)
+        return *self.rotary(rotating, positions).split((queries, kv), dim=1), values
 
     def query(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> Tensor:
         """The first of these alone."""
-        queries = slice(-2 * self._kv_heads * self.self_attn.head_dim)
+        queries = slice(self._head_counts[0] * self.self_attn.head_dim)
         return self.rotary(self._heads(projected[:, queries], g, of_state[queries]), positions)
 
     def key_value(self, projected: Tensor, g: Tensor, of_state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The other two alone."""
-        others = slice(-2 * self._kv_heads * self.self_attn.head_dim, None)
+        others = slice(self._head_counts[0] * self.self_attn.head_dim, None)
         keys, values = self._heads(projected[:, others], g, of_state[others]).chunk(2, dim=1)
         return self.rotary(keys, positions), values
 

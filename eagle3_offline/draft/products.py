@@ -2,6 +2,7 @@
 
 On a CPU oneDNN compiles each bfloat16 product anew for each n, forward, backward and for the weight's gradient: a few milliseconds
 each, more than the product itself takes where the processor has matrix units. So rows of zeros fill n up to one of a few counts.
+Of two threads it uses one alone where n is middling and the result narrow; of four or eight it uses all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..machine import cpu_multiplies_bfloat16
+
+LONE_ROWS, LONE_COLUMNS = range(640, 1536), 1024  # of results that oneDNN gives to one thread of two; found by measuring
 BITS = 3  # of a count that may be other than 0: at most a quarter of the rows is filled in
 
 
@@ -29,7 +33,34 @@ def filled(x: Tensor) -> Tensor:
     if not _compiled(x):
         return x
     missing = round_up(len(x)) - len(x)
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    return torch.cat((x, x.new_zeros(missing, x.shape[1]))) if missing else x
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y [n, m] of x [n, k] and y [k, m]: in two calls where one would leave one of two threads idle."""
+    n, m = len(x), y.shape[1]
+    if not (_compiled(x) and torch.get_num_threads() == 2 and n in LONE_ROWS and m <= LONE_COLUMNS):
+        return x @ y
+    result = x.new_empty(n, m)
+    for rows, part in zip(x.chunk(2), result.chunk(2), strict=True):
+        torch.mm(rows, y, out=part)
+    return result
+
+
+def exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T [n, out] in fp32 of bfloat16 rows x [n, in] and a weight [out, in] in fp32 whose values are bfloat16's.
+
+    Products of such values are exact in fp32, in which they are summed either way; bfloat16's instructions take a third of the time.
+    They are a setting of the whole process: none of its other threads may multiply meanwhile, and none does.
+    """
+    if x.device.type != "cpu" or not cpu_multiplies_bfloat16():
+        return x.float() @ weight.T
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        return (filled(x).float() @ weight.T)[: len(x)]
+    finally:
+        settings.fp32_precision = before
 
 
 class _FilledLinear(torch.autograd.Function):
@@ -37,13 +68,13 @@ class _FilledLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN001
         rows = filled(x)
         ctx.save_for_backward(rows, weight)
-        return (rows @ weight.T)[: len(x)]
+        return product(rows, weight.T)[: len(x)]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
         rows, weight = ctx.saved_tensors
         count, gradient = len(gradient), filled(gradient)
-        of_x = (gradient @ weight)[:count] if ctx.needs_input_grad[0] else None
+        of_x = product(gradient, weight)[:count] if ctx.needs_input_grad[0] else None
         return of_x, gradient.T @ rows if ctx.needs_input_grad[1] else None
 
 

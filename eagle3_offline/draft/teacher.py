@@ -16,7 +16,7 @@ from torch import Tensor
 from ..logits import HeadTransform
 from ..machine import cpu_multiplies_bfloat16
 from .batch import DraftBatch
-from .products import filled
+from .products import exact_product, filled
 
 BLOCK = 4096  # rows of W per block: neither [n, V] nor W in fp32 ever exists
 CACHED_CONVERSATIONS = 50_000  # a few bytes a supervised token
@@ -90,7 +90,8 @@ class FullTeacher:
         self._normaliser_of: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, batch: DraftBatch, whole: bool = False) -> TeacherRows:
-        products = batch.last.float() @ self.sliced.T  # [n, D]
+        narrow = self.weight.dtype == batch.last.dtype == torch.bfloat16
+        products = exact_product(batch.last, self.sliced) if narrow else batch.last.float() @ self.sliced.T  # [n, D]
         known = _kept(self._known_of, batch, lambda: self.argmax_known(batch.last, products))
         logits, true = self.transform(products, self.target_ids), None
         if whole:

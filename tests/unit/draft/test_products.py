@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from eagle3_offline.draft import loss as draft_loss
+from eagle3_offline.draft import products
 from eagle3_offline.draft.model import RMSNorm
-from eagle3_offline.draft.products import filled, linear, round_up
+from eagle3_offline.draft.products import exact_product, filled, linear, product, round_up
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (7, 7), (9, 10), (15, 16), (130, 160), (640, 640), (641, 768), (769, 896)])
@@ -34,6 +35,36 @@ def test_a_filled_product_and_its_gradients(rows, dtype):
     assert out.dtype == dtype and torch.allclose(out.double(), expected, atol=error, rtol=error)
     for mine, other in zip(found, plain, strict=True):
         assert torch.allclose(mine.grad.double(), other.grad.double(), atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [4, 7, 9])
+def test_a_product_in_two_calls(rows, threads, monkeypatch):
+    monkeypatch.setattr(products, "LONE_ROWS", range(5, 9))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    calls = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *x, **out: calls.append(len(x[0])) or real(*x, **out))
+    x, y = torch.randn(rows, 24).bfloat16(), torch.randn(24, 40).bfloat16()
+    found = product(x, y)
+    assert calls == ([4, 3] if (rows, threads) == (7, 2) else [])
+    assert torch.allclose(found.double(), x.double() @ y.double(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_of_bfloat16_values_are_summed_in_fp32(native, monkeypatch):
+    monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda: native)
+    settings, dtypes = torch.backends.mkldnn.matmul, []
+    before = settings.fp32_precision
+    x, weight = torch.randn(37, 240).bfloat16(), torch.randn(50, 240).bfloat16()
+    found = exact_product(x, weight.float())
+    expected = x.double() @ weight.double().T
+    assert found.dtype == torch.float32 and (found.double() - expected).abs().max() < 1e-5 * expected.abs().max()
+    monkeypatch.setattr(products, "filled", lambda x: dtypes.append(settings.fp32_precision) or x / "not a number")
+    if native:
+        with pytest.raises(TypeError):
+            exact_product(x, weight.float())
+    assert dtypes == ["bf16"] * native and settings.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
