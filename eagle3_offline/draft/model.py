@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .batch import DraftBatch
 from .fused import wide
 from .loss import RowTerms, VocabularyHead
-from .products import Linear, filled, linear
+from .products import Linear, filled, linear, summed
 from .settings import DraftSettings
 
 
@@ -152,7 +152,9 @@ class Layer(nn.Module):
         The embedding of a token is read at several steps, but projected once.
         """
         attention = self.self_attn
-        return torch.cat([projection() for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]).chunk(2, dim=1)
+        projections = torch.cat([projection() for projection in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        of_embedding, of_state = projections.chunk(2, dim=1)
+        return of_embedding, summed(of_state)
 
     def project(self, embedded: Tensor, of_embedding: Tensor) -> Tensor:
         """The embeddings' [n, H] share in queries, keys and values: [n, (h + 2 kv) d]."""

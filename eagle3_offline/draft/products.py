@@ -7,6 +7,9 @@ Of two threads it uses one alone where n is middling and the result narrow; of f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,10 +66,32 @@ def exact_product(x: Tensor, weight: Tensor) -> Tensor:
         settings.fp32_precision = before
 
 
+class _Summed(torch.autograd.Function):
+    """A weight that several products read. Each adds its share to `total`, where autograd would add whole gradients one after the other."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.set_materialize_grads(False)
+        ctx.total = None
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, of_others: Tensor | None) -> Tensor | None:  # noqa: ANN001
+        """of_others: the gradient of whatever else read it."""
+        total, ctx.total = ctx.total, None
+        return total if of_others is None else of_others if total is None else total.add_(of_others)
+
+
+def summed(weight: Tensor) -> Tensor:
+    """The weight [out, in] for the products of one graph."""
+    return _Summed.apply(weight) if _compiled(weight) else weight
+
+
 class _FilledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN001
         rows = filled(x)
+        ctx.summed_by = weight.grad_fn if hasattr(weight.grad_fn, "total") else None  # the node that `summed` has made
         ctx.save_for_backward(rows, weight)
         return product(rows, weight.T)[: len(x)]
 
@@ -75,7 +100,15 @@ class _FilledLinear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         count, gradient = len(gradient), filled(gradient)
         of_x = product(gradient, weight)[:count] if ctx.needs_input_grad[0] else None
-        return of_x, gradient.T @ rows if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None
+        if ctx.summed_by is None:
+            return of_x, gradient.T @ rows
+        if ctx.summed_by.total is None:
+            ctx.summed_by.total = gradient.T @ rows
+        else:
+            ctx.summed_by.total.addmm_(gradient.T, rows)
+        return of_x, None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,6 +121,21 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
+        self.shared: Tensor | None = None  # its weight, within `shared_weights`
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight if self.shared is None else self.shared)
+
+
+@contextmanager
+def shared_weights(module: nn.Module) -> Iterator[None]:
+    """For a forward pass that calls the module several times: the gradients of its weights are `summed`."""
+    ours = [layer for layer in module.modules() if isinstance(layer, Linear) and _compiled(layer.weight)]
+    layers = [layer for layer in ours if not hasattr(layer.weight, "ds_id")]  # ZeRO-3 gathers a weight anew for every call
+    try:
+        for layer in layers:
+            layer.shared = summed(layer.weight)
+        yield
+    finally:
+        for layer in layers:
+            layer.shared = None

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Conversation, attend, no_own, with_own
 from .batch import DraftBatch
 from .model import DraftHead
+from .products import shared_weights
 
 
 def unroll(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: int) -> list[Tensor]:
@@ -34,14 +35,15 @@ def unrolled_states(head: DraftHead, batch: DraftBatch, embed: Tensor, steps: in
     keys, values = layer.key_value(projected, g, of_state, batch.positions)  # [N, kv, d], what every step attends to
     own_keys = own_values = no_own(keys, len(keys))
     states = []
-    for k in range(steps):
-        kept = batch.steps[k].kept
-        inputs = _at(g, kept), projected, of_state, keys, values, _at(own_keys, kept), _at(own_values, kept)
-        if head.checkpoint_activations and torch.is_grad_enabled():
-            state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
-        else:
-            state, g, own_keys, own_values = _step(head, batch, k, *inputs)
-        states.append(state)
+    with shared_weights(layer):
+        for k in range(steps):
+            kept = batch.steps[k].kept
+            inputs = _at(g, kept), projected, of_state, keys, values, _at(own_keys, kept), _at(own_values, kept)
+            if head.checkpoint_activations and torch.is_grad_enabled():
+                state, g, own_keys, own_values = checkpoint(_step, head, batch, k, *inputs, use_reentrant=False)
+            else:
+                state, g, own_keys, own_values = _step(head, batch, k, *inputs)
+            states.append(state)
     return states
 
 

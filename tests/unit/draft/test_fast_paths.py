@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eagle3_offline.draft import attention, fused
+from eagle3_offline.draft import attention, fused, products
 from eagle3_offline.draft import teacher as draft_teacher
 from eagle3_offline.draft.batch import collate
 from eagle3_offline.draft.teacher import FullTeacher, argmax
@@ -129,6 +129,15 @@ def test_checkpointed_activations_change_nothing(head, samples, embed, backend):
     for head.checkpoint_activations in (False, True):
         found[head.checkpoint_activations] = gradients(head, samples, embed)
     assert_equal(found[True], found[False], 0)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_filled_rows_and_summed_weights_change_nothing(head, samples, embed, monkeypatch, checkpoint):
+    """What a CPU does in bfloat16, here in float64."""
+    plain = gradients(head, samples, embed)
+    monkeypatch.setattr(products, "_compiled", lambda x: True)
+    head.checkpoint_activations = checkpoint
+    assert_equal(gradients(head, samples, embed), plain)
 
 
 def test_an_argmax_is_kept_for_later_epochs(samples, lm_head, target_ids, monkeypatch):

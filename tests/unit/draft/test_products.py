@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft import products
 from eagle3_offline.draft.model import RMSNorm
-from eagle3_offline.draft.products import exact_product, filled, linear, product, round_up
+from eagle3_offline.draft.products import Linear, exact_product, filled, linear, product, round_up, shared_weights, summed
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (7, 7), (9, 10), (15, 16), (130, 160), (640, 640), (641, 768), (769, 896)])
@@ -49,6 +49,37 @@ def test_a_product_in_two_calls(rows, threads, monkeypatch):
     found = product(x, y)
     assert calls == ([4, 3] if (rows, threads) == (7, 2) else [])
     assert torch.allclose(found.double(), x.double() @ y.double(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("uses", [0, 1, 3])
+def test_the_gradient_of_a_weight_that_several_products_read(uses, others, monkeypatch):
+    """In float64, as if it were compiled; `others`: something that is no product reads it too."""
+    inputs, start = [torch.randn(rows, 24, dtype=torch.float64) for rows in (5, 9, 33)[:uses]], torch.randn(40, 24, dtype=torch.float64)
+    found = []
+    for share in (lambda weight: weight, summed):
+        weight = start.clone().requires_grad_()
+        shared = share(weight)
+        out = sum((linear(x, shared).square().sum() for x in inputs), shared[:7].pow(3).sum() if others else 0 * weight.sum())
+        out.backward(retain_graph=True)
+        out.backward()  # nothing is left over from the first pass
+        found.append(weight.grad)
+        monkeypatch.setattr(products, "_compiled", lambda x: True)
+    assert torch.allclose(*found, atol=1e-12)
+
+
+def test_shared_weights_hold_for_their_block_alone(monkeypatch):
+    monkeypatch.setattr(products, "_compiled", lambda x: True)
+    added, real = [], torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *x: added.append(1) or real(*x))
+    layer, x = Linear(24, 40), torch.randn(5, 24)
+    with pytest.raises(RuntimeError, match="in the block"), shared_weights(layer):
+        inside = layer(x) + layer(2 * x)
+        raise RuntimeError("in the block")
+    inside.sum().backward()
+    assert len(added) == 1 and torch.allclose(layer.weight.grad, 3 * x.sum(0).expand(40, 24), atol=1e-5)
+    (layer(x) + layer(2 * x)).sum().backward()
+    assert len(added) == 1 and torch.allclose(layer.weight.grad, 6 * x.sum(0).expand(40, 24), atol=1e-5)
 
 
 @pytest.mark.parametrize("native", [True, False])
