@@ -7,12 +7,20 @@ from functools import cache
 from pathlib import Path
 
 
-@cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether bfloat16 matmuls are native here; without the instruction they are slower than fp32."""
+    return "avx512_bf16" in _cpu_flags() or cpu_has_matrix_units()
+
+
+def cpu_has_matrix_units() -> bool:
+    """For bfloat16."""
+    return "amx_bf16" in _cpu_flags()
+
+
+@cache
+def _cpu_flags() -> str:
     path = Path("/proc/cpuinfo")
-    flags = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def free_port() -> int:

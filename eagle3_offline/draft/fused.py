@@ -18,7 +18,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..machine import cpu_has_matrix_units
+
 PIECE_QUERIES = 192  # in one call of the CPU's kernel, which makes the scores of keys that its mask hides too
+UNITS = (32, 64)  # of whose multiples the queries and keys of a call in bfloat16 are: it compiles products for every other number anew
 
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,7 +32,7 @@ _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward
 class Kernel(Protocol):
     """Attention over the step-0 keys: query [n, h, d], keys and values [T, kv, d]."""
 
-    widens: bool  # whether it is called with fp32 or wider
+    widens: bool  # whether its backward pass is called with fp32 or wider
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Output [n, h, d], and the log-sum-exp [n, h] of the scores in fp32 or wider."""
@@ -55,7 +58,7 @@ def hidden(rows: Tensor, length: int, begins: Tensor | None) -> Tensor:
 
 
 class MaskedKernel:
-    """The CPU's, which takes any mask."""
+    """The CPU's, which takes any mask. In bfloat16 only its forward pass is faster, and only with matrix units."""
 
     widens = True
 
@@ -64,11 +67,15 @@ class MaskedKernel:
         self.pieces = [piece for group in groups for piece in _pieces(group)]
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2])
+        narrow = query.dtype == torch.bfloat16 and cpu_has_matrix_units()
+        query, keys, values = (query, keys, values) if narrow else _widened(query, keys, values)
+        of_queries, of_keys = UNITS if narrow else (1, 1)
+        out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide(query))
+        query, keys, values = _longer(query, of_queries - 1), _longer(keys, of_keys - 1), _longer(values, of_keys - 1)
         for piece in self.pieces:
-            x = _heads_first(query[piece.queries], keys[piece.keys], values[piece.keys])
-            found = _CPU(*x, attn_mask=_bias(piece, query), scale=1.0)
-            out[piece.queries], log_sum[piece.queries] = (y[0].transpose(0, 1) for y in found)
+            mine, seen = _round_up(piece.queries, of_queries), _round_up(piece.keys, of_keys)
+            found = _CPU(*_heads_first(query[mine], keys[seen], values[seen]), attn_mask=_bias(piece, query, mine, seen), scale=1.0)
+            out[piece.queries], log_sum[piece.queries] = (y[0].transpose(0, 1)[: len(piece.rows)] for y in found)
         return out, log_sum
 
     def backward(self, gradient: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
@@ -76,12 +83,21 @@ class MaskedKernel:
         for piece in self.pieces:
             mine, seen = piece.queries, piece.keys
             x = _heads_first(gradient[mine], query[mine], keys[seen], values[seen], out[mine], log_sum[mine])
-            found = _CPU_BACKWARD(*x, 0.0, False, attn_mask=_bias(piece, query), scale=1.0)
+            found = _CPU_BACKWARD(*x, 0.0, False, attn_mask=_bias(piece, query, mine, seen), scale=1.0)
             of_query, of_keys, of_values = (y[0].transpose(0, 1) for y in found)
             dq[mine] = of_query
             dk[seen] += of_keys
             dv[seen] += of_values
         return dq, dk, dv
+
+
+def _round_up(rows: slice, unit: int) -> slice:
+    return slice(rows.start, rows.start + -(-(rows.stop - rows.start) // unit) * unit)
+
+
+def _longer(x: Tensor, count: int) -> Tensor:
+    """x with `count` rows of zeros behind."""
+    return torch.cat((x, x.new_zeros(count, *x.shape[1:]))) if count else x
 
 
 def _pieces(group: Group) -> Iterator[Group]:
@@ -102,10 +118,11 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
-def _bias(group: Group, like: Tensor) -> Tensor:
-    """[n, T] what is added to scores."""
-    hides = hidden(group.rows, group.keys.stop - group.keys.start, group.begins)
-    return like.new_zeros(hides.shape).masked_fill_(hides, float("-inf"))
+def _bias(group: Group, like: Tensor, queries: slice, keys: slice) -> Tensor:
+    """[n, T] what is added to scores in a call with these queries and keys: the group's, and perhaps more behind them."""
+    bias = like.new_zeros(queries.stop - queries.start, keys.stop - keys.start)
+    bias[: len(group.rows)].masked_fill_(hidden(group.rows, bias.shape[1], group.begins), float("-inf"))
+    return bias
 
 
 class FlashKernel:
@@ -153,7 +170,7 @@ def fused(kernel: Kernel, query: Tensor, keys: Tensor, values: Tensor, own_keys:
 class _ChainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel: Kernel, *given: Tensor) -> Tensor:  # noqa: ANN001
-        query, keys, values, own_keys, own_values = _widened(*given) if kernel.widens else given
+        query, keys, values, own_keys, own_values = given
         out, total = kernel.forward(query, keys, values)
         if own_keys.shape[2]:
             query, out, own_keys, own_values = _widened(by_head(query, keys), by_head(out, keys), own_keys, own_values)

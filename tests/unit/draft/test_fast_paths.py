@@ -64,8 +64,14 @@ def test_pieces_of_a_group_leave_out_the_keys_that_no_query_of_theirs_sees(monke
     assert list(fused._pieces(group._replace(rows=torch.tensor([]), begins=None))) == []
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_sdpa_in_narrow_dtypes(dtype, tolerance):
+@pytest.mark.parametrize("queries", [192, 3])
+@pytest.mark.parametrize(
+    "dtype, tolerance, units", [(torch.float32, 1e-5, False), (torch.bfloat16, 2e-2, False), (torch.bfloat16, 2e-2, True)]
+)
+def test_sdpa_in_narrow_dtypes(dtype, tolerance, units, queries, monkeypatch):
+    """With matrix units the kernel is called with more queries and keys than a piece has."""
+    monkeypatch.setattr(fused, "cpu_has_matrix_units", lambda: units)
+    monkeypatch.setattr(fused, "PIECE_QUERIES", queries)
     assert_near_the_reference("sdpa", "cpu", dtype, tolerance)
 
 
