@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .batch import DraftBatch
 from .fused import wide
-from .products import Linear, filled, product, round_up
+from .products import Linear, filled, laid_out, product, round_up, weight_gradient
 from .teacher import TeacherRows
 
 LEAST_ALPHA = 1e-6  # -log alpha has no gradient below it
@@ -91,7 +91,7 @@ class RowTerms:
         teacher, weight, step = self.row[rows], self.weight[rows].to(logits), self.step[rows]
         known = weight * self.teacher.argmax_known[teacher]  # an argmax outside the draft vocabulary: no loss, yet it counts
         of_loss = known * self.decay[rows]
-        log_q, p = logits.log_softmax(-1), self.teacher.inside[teacher].to(logits.dtype)  # [b, D], [b, m]
+        log_q, p = logits.log_softmax(-1), self.teacher.inside.index_select(0, teacher).to(logits.dtype)  # [b, D], [b, m]
         entropy = -(p * self.teacher.columns(log_q, teacher)).sum(-1)  # [b]
         self.entropy.index_add_(0, step, (known * entropy).to(self.entropy))
         q = log_q.exp_()
@@ -132,13 +132,11 @@ class _BlockedHead(torch.autograd.Function):
                 total += loss
                 part.copy_(gradient)
             dx[start : start + block_rows] = product(values, weight)[: len(block)]
-            if dw is None:
-                dw = values.T @ inputs
-            elif dtype == x.dtype:
-                dw.addmm_(values.T, inputs)
+            if dw is None or dtype == x.dtype:
+                dw = weight_gradient(values, inputs, dw)
             else:
-                dw = dw.to(dtype).add_(values.T @ inputs)  # small blocks' parts would be lost in a narrow sum
-        ctx.save_for_backward(dx, torch.zeros_like(weight) if dw is None else dw.to(weight.dtype))
+                dw = dw.to(dtype).add_(weight_gradient(values, inputs))  # small blocks' parts would be lost in a narrow sum
+        ctx.save_for_backward(dx, torch.zeros_like(weight) if dw is None else laid_out(dw.to(weight.dtype)))
         return total
 
     @staticmethod

@@ -42,7 +42,7 @@ class Rotary:
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [n, heads, d] to positions [n]."""
         self._grow(int(positions.max()) + 1 if len(positions) else 0, x)
-        cos, sin = self._cos[positions, None], self._sin[positions, None]  # [n, 1, d]
+        cos, sin = (table.index_select(0, positions)[:, None] for table in (self._cos, self._sin))  # [n, 1, d]
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
     def _grow(self, length: int, like: Tensor) -> None:

@@ -75,7 +75,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(rows)
         ctx.shape = x.shape
-        return x[rows]
+        return x.index_select(0, rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001

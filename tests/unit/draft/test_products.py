@@ -7,7 +7,18 @@ from torch.nn import functional as F
 from eagle3_offline.draft import loss as draft_loss
 from eagle3_offline.draft import products
 from eagle3_offline.draft.model import RMSNorm
-from eagle3_offline.draft.products import Linear, exact_product, filled, linear, product, round_up, shared_weights, summed
+from eagle3_offline.draft.products import (
+    Linear,
+    exact_product,
+    filled,
+    laid_out,
+    linear,
+    product,
+    round_up,
+    shared_weights,
+    summed,
+    weight_gradient,
+)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (7, 7), (9, 10), (15, 16), (130, 160), (640, 640), (641, 768), (769, 896)])
@@ -51,11 +62,28 @@ def test_a_product_in_two_calls(rows, threads, monkeypatch):
     assert torch.allclose(found.double(), x.double() @ y.double(), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 24), (48, 24), (24, 48)])  # turned are: neither, x, the gradient
+@pytest.mark.parametrize("rows", [0, 5, 130])
+def test_the_gradient_of_a_weight_however_it_is_made(rows, outputs, inputs, compiled, monkeypatch):
+    monkeypatch.setattr(products, "_compiled", lambda x: compiled)
+    gradient, x = torch.randn(rows, outputs, dtype=torch.float64), torch.randn(rows, inputs, dtype=torch.float64)
+    once = weight_gradient(gradient, x)
+    assert torch.allclose(once, gradient.T @ x, atol=1e-12)
+    assert once.is_contiguous() != (compiled and outputs == 48) and laid_out(once).is_contiguous()
+    twice = weight_gradient(gradient, x, once)
+    assert twice is once and torch.allclose(laid_out(twice), 2 * gradient.T @ x, atol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [40, 48])
 @pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("uses", [0, 1, 3])
-def test_the_gradient_of_a_weight_that_several_products_read(uses, others, monkeypatch):
+def test_the_gradient_of_a_weight_that_several_products_read(uses, others, outputs, monkeypatch):
     """In float64, as if it were compiled; `others`: something that is no product reads it too."""
-    inputs, start = [torch.randn(rows, 24, dtype=torch.float64) for rows in (5, 9, 33)[:uses]], torch.randn(40, 24, dtype=torch.float64)
+    inputs, start = (
+        [torch.randn(rows, 24, dtype=torch.float64) for rows in (5, 9, 33)[:uses]],
+        torch.randn(outputs, 24, dtype=torch.float64),
+    )
     found = []
     for share in (lambda weight: weight, summed):
         weight = start.clone().requires_grad_()
@@ -102,10 +130,10 @@ def test_products_of_bfloat16_values_are_summed_in_fp32(native, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 41])
 def test_the_head_in_blocks_and_parts(dtype, rows, monkeypatch):
     """Of 41 rows blocks of 40 and 1, in parts of 5; the loss is a sum of squares, its gradient twice the logits."""
-    monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", 33 * 40)
-    monkeypatch.setitem(draft_loss.PART_ELEMENTS, "cpu", 5 * 40)
+    monkeypatch.setitem(draft_loss.BLOCK_ELEMENTS, "cpu", 33 * 50)
+    monkeypatch.setitem(draft_loss.PART_ELEMENTS, "cpu", 5 * 50)
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(40, 24).to(dtype)
+    x, weight = torch.randn(rows, 24).to(dtype), torch.randn(50, 24).to(dtype)
     starts = []
 
     def terms(logits, start):
