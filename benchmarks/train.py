@@ -513,7 +513,7 @@ def measure(shape: str, names: list[str], parts: list[str], rounds: int, warm: i
         kept = answers[warm:]
         ways[name] |= {
             "tokens_per_second": round(statistics.median(a["tokens"] / a["seconds"] for a in kept), 1),
-            "seconds": [round(a["seconds"], 3) for a in kept],
+            "seconds": [round(a["seconds"], 6) for a in kept],
         }
     rates = measured_rates(SHAPES[shape])
     floors = [floor_seconds(SHAPES[shape], turn, rates) for turn in range(warm, warm + rounds)]

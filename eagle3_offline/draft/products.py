@@ -114,7 +114,7 @@ class _Summed(torch.autograd.Function):
 
 
 def summed(weight: Tensor) -> Tensor:
-    """The weight [out, in] for the products of one graph."""
+    """The weight [out, in] for the products of one graph. Each backward pass must reach it: a total that is left is added to the next."""
     return _Summed.apply(weight) if _compiled(weight) else weight
 
 
