@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..machine import cpu_has_matrix_units
+from .products import longer
 
 PIECE_QUERIES = 192  # in one call of the CPU's kernel, which makes the scores of keys that its mask hides too
 UNITS = (32, 64)  # of whose multiples the queries and keys of a call in bfloat16 are: it compiles products for every other number anew
@@ -71,9 +72,9 @@ class MaskedKernel:
         query, keys, values = (query, keys, values) if narrow else _widened(query, keys, values)
         of_queries, of_keys = UNITS if narrow else (1, 1)
         out, log_sum = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=wide(query))
-        query, keys, values = _longer(query, of_queries - 1), _longer(keys, of_keys - 1), _longer(values, of_keys - 1)
+        query, keys, values = longer(query, of_queries - 1), longer(keys, of_keys - 1), longer(values, of_keys - 1)
         for piece in self.pieces:
-            mine, seen = _round_up(piece.queries, of_queries), _round_up(piece.keys, of_keys)
+            mine, seen = _in_units(piece.queries, of_queries), _in_units(piece.keys, of_keys)
             found = _CPU(*_heads_first(query[mine], keys[seen], values[seen]), attn_mask=_bias(piece, query, mine, seen), scale=1.0)
             out[piece.queries], log_sum[piece.queries] = (y[0].transpose(0, 1)[: len(piece.rows)] for y in found)
         return out, log_sum
@@ -91,13 +92,9 @@ class MaskedKernel:
         return dq, dk, dv
 
 
-def _round_up(rows: slice, unit: int) -> slice:
+def _in_units(rows: slice, unit: int) -> slice:
+    """These rows, and as many behind them as make a multiple of `unit`."""
     return slice(rows.start, rows.start + -(-(rows.stop - rows.start) // unit) * unit)
-
-
-def _longer(x: Tensor, count: int) -> Tensor:
-    """x with `count` rows of zeros behind."""
-    return torch.cat((x, x.new_zeros(count, *x.shape[1:]))) if count else x
 
 
 def _pieces(group: Group) -> Iterator[Group]:

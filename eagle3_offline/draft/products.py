@@ -33,10 +33,12 @@ def _compiled(x: Tensor) -> bool:
 
 def filled(x: Tensor) -> Tensor:
     """x [n, m] itself where its shape costs nothing, else with rows of zeros up to a rounded count."""
-    if not _compiled(x):
-        return x
-    missing = round_up(len(x)) - len(x)
-    return torch.cat((x, x.new_zeros(missing, x.shape[1]))) if missing else x
+    return longer(x, round_up(len(x)) - len(x)) if _compiled(x) else x
+
+
+def longer(x: Tensor, count: int) -> Tensor:
+    """x [n, ...] with `count` rows of zeros behind."""
+    return torch.cat((x, x.new_zeros(count, *x.shape[1:]))) if count else x
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
